@@ -391,14 +391,15 @@ class WanVAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents), history)
 
     @torch.no_grad()
-    def encode(self, video, tiled=True):
+    def encode(self, video, tiled=True, progress=iter):
         """`video` (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of 8, to its most likely latents
-        (B, 16, k + 1, H/8, W/8), normalised. Raises ValueError for another number of frames or size."""
+        (B, 16, k + 1, H/8, W/8), normalised. `progress` may wrap the list of tiles, as tqdm does. Raises ValueError
+        for another number of frames or size."""
         batch, _, frames, height, width = video.shape
         if frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(f"cannot encode {frames} frames of {width}x{height}: frames must be 4k + 1, sides 8k")
         latents = video.new_zeros(batch, self.config["z_dim"], frames // 4 + 1, height // 8, width // 8)
-        for rows, columns, weight in tiles(height // 8, width // 8, 1, tiled, video):
+        for rows, columns, weight in progress(list(tiles(height // 8, width // 8, 1, tiled, video))):
             tile = video[..., 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]
             history = {}
             for t in range(latents.shape[2]):
@@ -408,12 +409,12 @@ class WanVAE(nn.Module):
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
-    def decode(self, latents, tiled=True):
+    def decode(self, latents, tiled=True, progress=iter):
         """Normalised `latents` (B, 16, T, h, w) to video (B, 3, 4T - 3, 8h, 8w), clamped to [-1, 1]."""
         batch, _, frames, height, width = latents.shape
         latents = latents * self.std.to(latents) + self.mean.to(latents)
         video = latents.new_zeros(batch, 3, 4 * frames - 3, 8 * height, 8 * width)
-        for rows, columns, weight in tiles(height, width, 8, tiled, latents):
+        for rows, columns, weight in progress(list(tiles(height, width, 8, tiled, latents))):
             history = {}
             for t in range(frames):
                 chunk = self.decode_chunk(latents[:, :, t : t + 1, rows, columns], history)

@@ -1,0 +1,291 @@
+"""FreeSwim (arXiv 2511.14712): ultra-high-resolution video from a pretrained video diffusion transformer, no training.
+
+A base clip of native size is upsampled, noised and denoised again at the large size. There, every token attends only to
+a window of native size that moves inward at the borders (so that it sees what it saw in training), while a second path
+with full attention decides the content: its cross-attention output overrides the window path's. That output changes
+slowly from step to step, so that it can be kept for several steps.
+
+Letters in shapes are those of model.py. `grid` is (T, H, W) in tokens, `window` is (rows, columns) in tokens, both odd;
+time is never windowed.
+"""
+import itertools
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from model import full_attention
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inward windows (paper, section 3.2)
+
+
+def window_spans(length, window, clipped=False):
+    """For every position of an axis, the first position that it sees and the one after the last; int64 (length,) each.
+
+    An inward window moves inward at a border and keeps its size; a clipped one is cut off. A window larger than the
+    axis sees all of it.
+    """
+    position = torch.arange(length)
+    first = position - window // 2
+    if clipped:
+        return first.clamp(min=0), (first + window).clamp(max=length)
+    first = first.clamp(0, max(length - window, 0))
+    return first, (first + window).clamp(max=length)
+
+
+def inward_mask(height, width, window, clipped=False):
+    """May a query position see a key position? bool (height * width, height * width), both row by row."""
+
+    def axis(length, size):
+        first, end = window_spans(length, size, clipped)
+        key = torch.arange(length)
+        return (first[:, None] <= key) & (key < end[:, None])  # (query, key)
+
+    rows, columns = axis(height, window[0]), axis(width, window[1])
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
+
+
+# The same function three times. Each of these prepares an attention: a function of query, key and value, each
+# (B, heads, N, head_dim) with tokens in (h, w, t) order.
+
+
+def dense_window(grid, window, scale=None, clipped=False, device="cpu"):
+    """Window attention to read and to test against: one mask of N x N. N = T*H*W must be small."""
+    frames, height, width = grid
+    mask = inward_mask(height, width, window, clipped).to(device)
+    mask = mask.repeat_interleave(frames, 0).repeat_interleave(frames, 1)  # every frame sees every frame
+    return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def tiled_window(grid, window, scale=None, clipped=False, device="cpu"):
+    """Window attention on any device, without a mask: queries that share a window attend to it together.
+
+    Of each axis, the positions near a border share one window and the others have their own. Memory is that of the
+    keys and values of one window.
+    """
+    frames, height, width = grid
+
+    def shared(length, size):
+        spans = list(zip(*(ends.tolist() for ends in window_spans(length, size, clipped))))
+        for span, run in itertools.groupby(range(length), key=spans.__getitem__):
+            positions = list(run)
+            yield slice(positions[0], positions[-1] + 1), slice(*span)
+
+    tiles = list(itertools.product(shared(height, window[0]), shared(width, window[1])))
+
+    def attention(query, key, value):
+        query, key, value = (x.unflatten(2, (height, width, frames)) for x in (query, key, value))
+        attended = torch.empty_like(query)  # (B, heads, H, W, T, head_dim)
+        for (rows, seen_rows), (columns, seen_columns) in tiles:
+            attended[:, :, rows, columns] = F.scaled_dot_product_attention(
+                query[:, :, rows, columns].flatten(2, 4),
+                key[:, :, seen_rows, seen_columns].flatten(2, 4),
+                value[:, :, seen_rows, seen_columns].flatten(2, 4),
+                scale=scale,
+            ).view_as(attended[:, :, rows, columns])
+        return attended.flatten(2, 4)
+
+    return attention
+
+
+def flex_window(grid, window, scale=None, clipped=False, device="cuda"):
+    """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask that it needs.
+
+    The mask does not depend on time. With time innermost, a block of 128 tokens is a few positions over all frames,
+    so that few blocks are visited in vain: this is why tokens stand in (h, w, t) order.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    frames, height, width = grid
+    first_row, end_row = (ends.to(device) for ends in window_spans(height, window[0], clipped))
+    first_column, end_column = (ends.to(device) for ends in window_spans(width, window[1], clipped))
+
+    def visible(batch, head, query, key):
+        query, key = query // frames, key // frames  # from tokens to positions
+        row, column = key // width, key % width
+        in_rows = (first_row[query // width] <= row) & (row < end_row[query // width])
+        return in_rows & (first_column[query % width] <= column) & (column < end_column[query % width])
+
+    tokens = frames * height * width
+    # Compiled, both: run eagerly, either would materialise all N x N pairs.
+    block_mask = torch.compile(create_block_mask)(visible, None, None, tokens, tokens, device=device)
+    attention = torch.compile(flex_attention, dynamic=False)
+    return lambda query, key, value: attention(query, key, value, block_mask=block_mask, scale=scale)
+
+
+def attention_scale(head_dim, native_tokens):
+    """The refinement's self-attention scale, sqrt(log_n(2n) / head_dim), for n tokens per native frame: a little
+    sharper than 1 / sqrt(head_dim), as more tokens are seen than in training."""
+    return math.sqrt(math.log(2 * native_tokens, native_tokens) / head_dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dual path with cross-attention override (paper, section 3.3 and Figure 2)
+
+
+def predict(transformer, latents, timestep, text, window, full=None, features=None):
+    """The velocity that the window path predicts, float32, in the shape of `latents`, (B, 16, T, 2H, 2W).
+
+    `timestep` is (B,), `text` (B, L, text_dim); `window` and `full` are the two paths' self-attentions.
+
+    With `full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
+    window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without `full`, those of
+    `features` take it. Without either, the window path has its own.
+    """
+    _, _, frames, height, width = latents.shape
+    window_tokens, time, modulation, text, rotary = transformer.embed(latents, timestep, text)
+    full_tokens = window_tokens  # both paths start from the same latents
+    for index, block in enumerate(transformer.blocks):
+        window_tokens = block.self_attention(window_tokens, modulation, rotary, window)
+        if full is not None:
+            full_tokens = block.self_attention(full_tokens, modulation, rotary, full)
+            content = block.cross_attention(full_tokens, text)
+            if index + 1 < len(transformer.blocks):  # what follows the last cross-attention is never used
+                full_tokens = block.feed_forward(full_tokens + content, modulation)
+            if features is not None:
+                features[index] = content
+        elif features is not None:
+            content = features[index]
+        else:
+            content = block.cross_attention(window_tokens, text)
+        window_tokens = block.feed_forward(window_tokens + content, modulation)
+    return transformer.unembed(window_tokens, time, (frames, height // 2, width // 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow solver
+
+
+class FlowUniPC:
+    """UniPC (arXiv 2302.04867) for flow matching: order 2, B(h) = e^h - 1, predicting the clean latents, first order
+    at both ends. Of `steps` steps, the last int(steps * strength) are kept.
+
+    A noisy latent is (1 - sigma) * clean + sigma * noise. `sigmas` holds one per kept step and a final 0; `timesteps`
+    what the model is told, 1000 * sigma rounded down. The sampler's arithmetic is float32.
+    """
+
+    def __init__(self, steps, flow_shift, strength=1.0):
+        if not 1 <= int(steps * strength) <= steps:
+            raise ValueError(f"{steps} steps at strength {strength}: between 1 and {steps} steps must remain")
+        sigmas = 0.999 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+        sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
+        sigmas = sigmas[steps - int(steps * strength) :]
+        self.timesteps = (1000 * sigmas).long().tolist()
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+        self.index = 0
+        self.start = None  # the latents that the last step started from
+        self.clean = []  # the last two predictions of the clean latents, newest first
+
+    def add_noise(self, latents, noise):
+        """Clean latents at the first kept noise level."""
+        return (1 - self.sigmas[0].item()) * latents + self.sigmas[0].item() * noise
+
+    def step(self, velocity, latents):
+        """From the latents at one noise level, and the model's velocity there, to those at the next; float32."""
+        clean = latents - self.sigmas[self.index].item() * velocity
+        if self.index > 0:  # UniC: do the last step again, now that its end is known as well
+            latents = self.advance(self.index - 1, self.start, clean)
+        self.start, self.clean = latents, [clean, *self.clean[:1]]
+        latents = self.advance(self.index, latents)  # UniP
+        self.index += 1
+        return latents
+
+    def advance(self, index, latents, end=None):
+        """One step from noise level `index` to the next (UniPC, equations 3 and 9, written for order at most 2).
+        `end` is the prediction of the clean latents at the next level, if known: the corrector."""
+        sigma, next_sigma = self.sigmas[index].item(), self.sigmas[index + 1].item()
+        order = min(2, len(self.timesteps) - index, index + 1)
+        now, *before = self.clean
+        h = log_snr(next_sigma) - log_snr(sigma)
+        slope = 0
+        if order == 2:
+            r = (log_snr(self.sigmas[index - 1].item()) - log_snr(sigma)) / h
+            past = (before[0] - now) / r
+        if end is None and order == 2:
+            slope = past / 2
+        elif end is not None and order == 1:
+            slope = (end - now) / 2
+        elif end is not None:  # both differences, weighted so that quadratics are integrated exactly
+            phi_1 = math.expm1(-h)
+            phi_2 = -phi_1 / h - 1
+            phi_3 = -phi_2 / h - 1 / 2
+            weight = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
+            slope = weight * past + (phi_2 / phi_1 - weight) * (end - now)
+        return next_sigma / sigma * latents - (1 - next_sigma) * math.expm1(-h) * (now + slope)
+
+
+def log_snr(sigma):
+    """log((1 - sigma) / sigma): UniPC's time."""
+    return math.log((1 - sigma) / sigma) if sigma > 0 else math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to a base clip, from a base clip to a refined one
+
+
+@torch.no_grad()
+def generate(transformer, text, negative, shape, *, steps=50, flow_shift=3.0, guidance=5.0, generator=None,
+             on_step=None):
+    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native size.
+
+    `text` and `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed gives the same noise on
+    every device. `on_step(step, latents)` is called after every step.
+    """
+    solver = FlowUniPC(steps, flow_shift)
+    latents = torch.randn(shape, generator=generator).to(text.device)
+    for step, t in enumerate(solver.timesteps):
+        timestep = torch.full(shape[:1], t, device=text.device)
+        velocity, unguided = (transformer(latents, timestep, prompt) for prompt in (text, negative))
+        latents = solver.step(unguided + guidance * (velocity - unguided), latents)
+        if on_step is not None:
+            on_step(step, latents)
+    return latents
+
+
+def upsample(video, height, width):
+    """Resize the frames of (B, 3, F, H, W) bilinearly, half-pixel centres, no antialiasing."""
+    frames = video.transpose(1, 2).flatten(0, 1)
+    frames = F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
+    return frames.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def refine(transformer, latents, text, negative, *, native, steps=50, strength=0.7, flow_shift=9.0, guidance=5.0,
+           cache_interval=None, scale_tokens=None, generator=None, window="inward", override=True, on_step=None):
+    """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip, encoded and clean.
+
+    `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and `on_step` are as in
+    `generate`. The last int(steps * strength) steps run. Both paths' self-attentions are scaled for `scale_tokens`
+    tokens per frame, by default the native ones.
+
+    `cache_interval=None` runs both paths at every step, for the negative prompt too. With k, the full path runs every
+    k steps, for the prompt only, and its features serve until the next; the negative prompt's window path has its own
+    cross-attention (paper, section 3.4). `window` may also be "clipped" or "full", and `override` off, to see what
+    each ingredient does. Raises ValueError if no step remains, or for another `window`.
+    """
+    if window not in ("inward", "clipped", "full"):
+        raise ValueError(f"window is {window!r}, but should be 'inward', 'clipped' or 'full'")
+    solver = FlowUniPC(steps, flow_shift, strength)
+    batch, _, frames, height, width = latents.shape
+    scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
+    full = windowed = partial(full_attention, scale=scale)
+    if window != "full":
+        prepare = flex_window if latents.is_cuda else tiled_window
+        size = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
+        windowed = prepare((frames, height // 2, width // 2), size, scale, window == "clipped", latents.device)
+
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    latents = solver.add_noise(latents, noise)
+    features = {} if override and cache_interval else None
+    for step, t in enumerate(solver.timesteps):
+        timestep = torch.full((batch,), t, device=latents.device)
+        dual = full if override and step % (cache_interval or 1) == 0 else None
+        velocity = predict(transformer, latents, timestep, text, windowed, dual, features)
+        dual = full if override and not cache_interval else None
+        unguided = predict(transformer, latents, timestep, negative, windowed, dual)
+        latents = solver.step(unguided + guidance * (velocity - unguided), latents)
+        if on_step is not None:
+            on_step(step, latents)
+    return latents
