@@ -1,0 +1,227 @@
+"""Train the bundled model from nothing but world.py: `python -m tiny.train --work FOLDER`.
+
+Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is repeated with larger
+bounds: the VAE on small windows of clips at several magnifications; a set of encoded clips; then the text encoder and
+the transformer together, by flow matching. The result is written into this folder in Diffusers layout, in bfloat16.
+It trains model.py's own classes. Every number is logged to FOLDER/log.txt.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, tokenize
+from tiny import world
+
+HERE = Path(__file__).parent
+TRANSFORMER = {
+    "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 4,
+    "attention_head_dim": 48, "num_layers": 6, "ffn_dim": 768, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
+    "out_channels": 16, "patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6, "added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None, "rope_max_seq_len": 1024,
+}
+VAE = {
+    "_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.2", "base_dim": 16, "decoder_base_dim": 16,
+    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [], "dropout": 0.0,
+    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+}
+TEXT = {
+    "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 96, "d_kv": 24, "d_ff": 192,
+    "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 64,
+    "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
+    "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+TEXT_LENGTH = 32  # tokens: no caption is longer, and zeros up to Wan's 512 would only cost time here
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of the state and the log")
+    add("--output", type=Path, default=HERE, help="folder of the result (default: this one)")
+    add("--vae-minutes", type=float, default=9)
+    add("--vae-batch", type=int, default=64)
+    add("--clips", type=int, default=30000)
+    add("--minutes", type=float, default=9, help="of the transformer's training")
+    add("--batch", type=int, default=256)
+    add("--height", type=int, default=96, help="native, in pixels")
+    add("--width", type=int, default=144)
+    add("--frames", type=int, default=9)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def schedule(progress, step, warmup=100):
+    """Learning rate factor: a short warm-up, constant, then a cosine to nothing over the second half."""
+    return min(1, (step + 1) / warmup) * (1 if progress < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1)))
+
+
+def train(name, net, loss_of, minutes, learning_rate, args, log):
+    """Run AdamW on `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
+
+    Returns the number of steps. `net` ends with the exponential moving average of its weights.
+    """
+    file = args.work / f"{name}.pt"
+    optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    average = {key: value.clone() for key, value in net.state_dict().items()}
+    step, seconds, saved = 0, 0.0, time.time()
+    if file.is_file():
+        state = torch.load(file, map_location=args.device, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, seconds = state["average"], state["step"], state["seconds"]
+
+    def save():
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+                 "step": step, "seconds": seconds}
+        torch.save(state, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+
+    losses, resumed_at = [], seconds
+    while seconds < 60 * minutes:
+        start = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+            loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.998, 1 - 1 / (1 + 0.1 * step))
+        for key, value in net.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+        losses.append(loss.item())
+        step, seconds = step + 1, seconds + time.time() - start
+        if step % 50 == 0:
+            log(f"{name} step {step} loss {sum(losses) / len(losses):.4f} minutes {seconds / 60:.1f}")
+            losses = []
+        if time.time() - saved > 120:
+            save()
+            saved = time.time()
+    if seconds > resumed_at:
+        save()
+    net.load_state_dict(average)
+    return step
+
+
+def vae_windows(args, generator, size=48, frames=5):
+    """Windows of clips, (B, 3, frames, size, size): near a fish three times of four, magnified up to three times."""
+    count = args.vae_batch
+    scenes = world.sample_scenes(count, generator, args.frames)
+    u = torch.rand(5, count, generator=generator)
+    pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
+    near_x = scenes["x"][:, 0] + (u[2] - 0.5) * scenes["length"][:, 0]
+    near_y = scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0]
+    x = torch.where(u[4] < 0.75, near_x, u[2] * world.WIDTH) - size / 2 * pixel
+    y = torch.where(u[4] < 0.75, near_y, u[3]) - size / 2 * pixel
+    x, y = x.clamp(min=0).minimum(world.WIDTH - size * pixel), y.clamp(min=0).minimum(1 - size * pixel)
+    to = lambda part: part.to(args.device)  # noqa: E731
+    return world.render({k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel)))
+
+
+def vae_loss(vae, video):
+    """L1 of pixels, of their differences in space and in time, and a little of the latents' divergence from normal."""
+    mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
+    logvar = logvar.clamp(-12, 4)
+    latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    error = vae.decode_chunk(latents, {}).float() - video
+    space = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + 0.5 * space + 0.25 * error.diff(dim=2).abs().mean() + 3e-4 * divergence
+
+
+def reconstruction(vae, args, scale):
+    """PSNR in dB of held-out clips, and the clips beside their reconstructions, at a multiple of the native size."""
+    scenes = world.sample_scenes(3, torch.Generator().manual_seed(10**6), args.frames)
+    scenes = {key: value.to(args.device) for key, value in scenes.items()}
+    video = world.render(scenes, args.height * scale, args.width * scale, args.frames)
+    decoded = vae.decode(vae.encode(video))
+    return 10 * math.log10(4 / (decoded - video).square().mean().item())
+
+
+def encoded_clips(vae, tokenizer, args, log):
+    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes."""
+    file = args.work / "clips.pt"
+    parts = torch.load(file, weights_only=True) if file.is_file() else []
+    generator = torch.Generator().manual_seed(1)
+    for index in range(0, args.clips, 8):
+        scenes = world.sample_scenes(8, generator, args.frames)
+        if index // 8 < len(parts):
+            continue
+        video = world.render({k: v.to(args.device) for k, v in scenes.items()}, args.height, args.width, args.frames)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+            parts.append((vae.encode(video).cpu(), *tokenize(tokenizer, world.captions(scenes))))
+        if index % 200 == 0:
+            log(f"clips {index}")
+    torch.save(parts, file)
+    return (torch.cat(column).to(args.device) for column in zip(*parts))
+
+
+def write(net, config, folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    weights = {checkpoint_name(key): value.bfloat16().cpu().contiguous() for key, value in net.state_dict().items()}
+    save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def main():
+    args = parse_arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    def log(line):
+        print(line, flush=True)
+        with open(args.work / "log.txt", "a") as file:
+            file.write(line + "\n")
+
+    torch.manual_seed(0)
+    vae = WanVAE(VAE).to(args.device)
+    steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
+                  args.vae_minutes, 2e-3, args, log)
+    log(f"vae after {steps} steps: PSNR " + ", ".join(f"{s}x {reconstruction(vae, args, s):.2f} dB" for s in (1, 2)))
+
+    (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
+    words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
+    tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
+    clips, ids, masks = encoded_clips(vae, tokenizer, args, log)
+    mean, std = clips.mean((0, 2, 3, 4)), clips.std((0, 2, 3, 4))
+    clips = (clips - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    write(vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, args.output / "vae",
+          "diffusion_pytorch_model")
+
+    text_config = {**TEXT, "vocab_size": words}
+    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": WanTransformer(TRANSFORMER)})
+    nets.to(args.device)
+    torch.nn.init.zeros_(nets["transformer"].proj_out.weight)  # so that the first prediction is nothing
+    empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
+
+    def flow_loss(step):
+        """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
+        pick = torch.randint(len(clips), (args.batch,), device=args.device)
+        dropped = torch.rand(args.batch, 1, device=args.device) < 0.1
+        mask = torch.where(dropped, empty_mask, masks[pick])
+        text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
+        clean, u = clips[pick], torch.rand(args.batch, device=args.device)
+        sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
+        noise = torch.randn_like(clean)
+        velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
+        return F.mse_loss(velocity, noise - clean)
+
+    train("transformer", nets, flow_loss, args.minutes, 1e-3, args, log)
+    write(nets["transformer"], TRANSFORMER, args.output / "transformer", "diffusion_pytorch_model")
+    write(nets["text"], text_config, args.output / "text_encoder", "model")
+    (args.output / "model_index.json").write_text(json.dumps({
+        "_class_name": "WanPipeline", "_diffusers_version": "0.35.2",
+        "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
