@@ -109,9 +109,11 @@ def flex_window(grid, window, scale=None, clipped=False, device="cuda"):
         return in_rows & (first_column[query % width] <= column) & (column < end_column[query % width])
 
     tokens = frames * height * width
-    # Compiled, both: run eagerly, either would materialise all N x N pairs.
+    # Compiled, both: run eagerly, either would materialise all N x N pairs. PyTorch compiles a function for 8 shapes
+    # and then runs it eagerly without a word: hence the reset, and fullgraph, which makes that an error.
+    torch.compiler.reset()
     block_mask = torch.compile(create_block_mask)(visible, None, None, tokens, tokens, device=device)
-    attention = torch.compile(flex_attention, dynamic=False)
+    attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda query, key, value: attention(query, key, value, block_mask=block_mask, scale=scale)
 
 
@@ -163,7 +165,7 @@ class FlowUniPC:
     at both ends. Of `steps` steps, the last int(steps * strength) are kept.
 
     A noisy latent is (1 - sigma) * clean + sigma * noise. `sigmas` holds one per kept step and a final 0; `timesteps`
-    what the model is told, 1000 * sigma rounded down. The sampler's arithmetic is float32.
+    what the model is told, 1000 * sigma rounded down. All arithmetic after the grid is float32, as in the references.
     """
 
     def __init__(self, steps, flow_shift, strength=1.0):
@@ -180,11 +182,11 @@ class FlowUniPC:
 
     def add_noise(self, latents, noise):
         """Clean latents at the first kept noise level."""
-        return (1 - self.sigmas[0].item()) * latents + self.sigmas[0].item() * noise
+        return (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
 
     def step(self, velocity, latents):
         """From the latents at one noise level, and the model's velocity there, to those at the next; float32."""
-        clean = latents - self.sigmas[self.index].item() * velocity
+        clean = latents - self.sigmas[self.index] * velocity
         if self.index > 0:  # UniC: do the last step again, now that its end is known as well
             latents = self.advance(self.index - 1, self.start, clean)
         self.start, self.clean = latents, [clean, *self.clean[:1]]
@@ -195,30 +197,30 @@ class FlowUniPC:
     def advance(self, index, latents, end=None):
         """One step from noise level `index` to the next (UniPC, equations 3 and 9, written for order at most 2).
         `end` is the prediction of the clean latents at the next level, if known: the corrector."""
-        sigma, next_sigma = self.sigmas[index].item(), self.sigmas[index + 1].item()
+        sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
         order = min(2, len(self.timesteps) - index, index + 1)
         now, *before = self.clean
         h = log_snr(next_sigma) - log_snr(sigma)
         slope = 0
         if order == 2:
-            r = (log_snr(self.sigmas[index - 1].item()) - log_snr(sigma)) / h
+            r = (log_snr(self.sigmas[index - 1]) - log_snr(sigma)) / h
             past = (before[0] - now) / r
         if end is None and order == 2:
             slope = past / 2
         elif end is not None and order == 1:
             slope = (end - now) / 2
         elif end is not None:  # both differences, weighted so that quadratics are integrated exactly
-            phi_1 = math.expm1(-h)
+            phi_1 = torch.expm1(-h)
             phi_2 = -phi_1 / h - 1
             phi_3 = -phi_2 / h - 1 / 2
             weight = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
             slope = weight * past + (phi_2 / phi_1 - weight) * (end - now)
-        return next_sigma / sigma * latents - (1 - next_sigma) * math.expm1(-h) * (now + slope)
+        return next_sigma / sigma * latents - (1 - next_sigma) * torch.expm1(-h) * (now + slope)
 
 
 def log_snr(sigma):
-    """log((1 - sigma) / sigma): UniPC's time."""
-    return math.log((1 - sigma) / sigma) if sigma > 0 else math.inf
+    """log((1 - sigma) / sigma), UniPC's time: infinite where no noise is left."""
+    return torch.log(1 - sigma) - torch.log(sigma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ from tqdm import tqdm
 import freeswim
 import model
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 @dataclass
 class Preset:
@@ -45,8 +50,8 @@ BLUR = "overexposed, static, blurred details, subtitles, worst quality, low qual
 FISH = "a large orange striped fish swims right above a sandy floor with seaweed and bubbles"
 
 PRESETS = {  # by the width of the transformer, in channels
-    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.7, guidance=3.5,
-                prompt=FISH, negative_prompt=""),
+    192: Preset(96, 144, 9, 16, base_shift=3.0, flow_shift=3.0, strength=0.7, guidance=3.5,
+                prompt=FISH, negative_prompt=""),  # the bundled one
     1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, strength=0.7, guidance=5.0,
                  prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B
     5120: Preset(720, 1280, 81, 16, base_shift=5.0, flow_shift=9.0, strength=0.7, guidance=5.0,
@@ -144,14 +149,21 @@ def stage(name, device, record):
         torch.cuda.reset_peak_memory_stats(device)
     start = time.time()
     yield
+    peak = 0  # unknown
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # not on Windows, where it would have to be asked in another way
-
+    elif resource:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    record[name] = {"seconds": round(time.time() - start, 2), "peak_memory_gib": round(peak / 2**30, 3)}
+    record[name] = {"seconds": round(time.time() - start, 2), "peak_memory_gib": round(peak / 2**30, 3) or None}
+
+
+def unknown_words(tokenizer, prompt):
+    """The words of a prompt that the tokenizer has no token for: the bundled model's knows few."""
+    prompt = model.clean_prompt(prompt)
+    encoding = tokenizer.encode(prompt)
+    spans = zip(encoding.tokens, encoding.offsets)
+    return [prompt[start:end] for token, (start, end) in spans if token == "<unk>"]
 
 
 def read_video(file, frames):
@@ -203,7 +215,7 @@ def main():
     args = parse_arguments()
     folder, preset, height, width = settle(args)
     device, dtype, record = torch.device(args.device), getattr(torch, args.dtype), {}
-    given = read_video(args.base_video, args.frames) if args.base_video else None
+    base = read_video(args.base_video, args.frames) if args.base_video else None
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     print(f"{args.prompt}\n{preset.width}x{preset.height} to {width}x{height}, {args.frames} frames, on {args.device}")
@@ -219,11 +231,14 @@ def main():
         tokenizer = model.load_tokenizer(folder / "tokenizer")
         encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
         text, negative = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt]).split(1)
+    unknown = unknown_words(tokenizer, args.prompt)
+    if unknown:
+        print(f"this model has never seen the words: {', '.join(unknown)}", file=sys.stderr)
     with stage("load", device, record):
         transformer = model.WanTransformer.from_pretrained(folder / "transformer", device, dtype)
         vae = model.WanVAE.from_pretrained(folder / "vae", device)
 
-    if given is None:
+    if base is None:
         shape = 1, 16, args.frames // 4 + 1, preset.height // 8, preset.width // 8
         with stage("base", device, record):
             base_latents = freeswim.generate(
@@ -231,11 +246,11 @@ def main():
                 guidance=args.guidance, generator=torch.Generator().manual_seed(args.seed),
                 on_step=bar("base", args.steps),
             )
-            given = vae.decode(base_latents, progress=tiles("decode base")).cpu()
-    write_video(output / "base.mp4", to_frames(given), args.fps)
+            base = vae.decode(base_latents, progress=tiles("decode base")).cpu()
+    write_video(output / "base.mp4", to_frames(base), args.fps)
 
     with stage("encode", device, record):
-        upscaled = freeswim.upsample(given, height, width)
+        upscaled = freeswim.upsample(base, height, width)
         latents = vae.encode(upscaled.to(device), progress=tiles("encode"))
 
     def refined(name, **settings):

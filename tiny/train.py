@@ -182,6 +182,7 @@ def main():
 
     torch.manual_seed(0)
     vae = WanVAE(VAE).to(args.device)
+    vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
                   args.vae_minutes, 2e-3, args, log)
     log(f"vae after {steps} steps: PSNR " + ", ".join(f"{s}x {reconstruction(vae, args, s):.2f} dB" for s in (1, 2)))

@@ -1,0 +1,73 @@
+"""What the parity tests share: random weights that hide nothing, large checkpoints, and the memory
+that a script needs."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Every parameter of `model` at random: gains around one, biases and tables around zero, matrices so that signals
+    keep their size. Freshly built references have many zeros and ones, behind which an error could hide."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw)
+        if "scale_shift_table" in name or name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif "gamma" in name or parameter.ndim == 1:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def peak_memory(script, *arguments):
+    """How many bytes the peak of a process rises above what the imports take while it runs `script`.
+
+    What counts is what the kernel calls the resident set: everything the process allocated, and those pages of mapped
+    checkpoint files that it has read and still maps. `script` runs in a process of its own, one thread, with
+    `model` imported, and finds `arguments` in sys.argv[1:].
+    """
+    prelude = """
+import sys
+import torch
+import model
+torch.set_num_threads(1)
+torch.nn.functional.conv3d(torch.rand(1, 4, 3, 8, 8), torch.rand(4, 4, 3, 3, 3)) @ torch.rand(6, 6)
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+before = status("VmRSS")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", prelude + script + "\nprint(status('VmHWM') - before)", *map(str, arguments)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed memory goes back at once: no fragments count
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout.split()[-1])
+
+
+def write_checkpoint(folder, config, shapes, shards):
+    """A checkpoint for measuring: tensors of the given names and shapes, spread over `shards` files of about the same
+    size, with an index. Never more than one file in memory. Returns the bytes of its tensors, float32."""
+    (folder / "config.json").write_text(json.dumps(config))
+    total, sizes = 4 * sum(math.prod(shape) for shape in shapes.values()), []
+    files = [{} for _ in range(shards)]
+    for name, shape in shapes.items():
+        files[min(shards - 1, sum(sizes) * shards // total)][name] = shape
+        sizes.append(4 * math.prod(shape))
+    index = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: torch.full(shape, 0.01) for name, shape in names.items()}, folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return total

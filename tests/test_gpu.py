@@ -1,0 +1,82 @@
+"""What only a GPU can show: the FlexAttention window, in float32 and bfloat16, and the refinement that runs on it."""
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative, token_mask, window_attention
+from test_method import REFINEMENTS, load, refined
+
+from freeswim import flex_window, tiled_window
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """No TF32 in convolutions either (in matrix products it is off by default): float32 shall mean float32."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def tokens(grid, head_dim, heads=3):
+    frames, height, width = grid
+    draw = torch.Generator().manual_seed(frames)
+    return torch.randn(3, 2, heads, frames * height * width, head_dim, generator=draw).cuda()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize(
+    "grid, window, head_dim",
+    [
+        ((3, 8, 14), (5, 7), 32),
+        ((2, 9, 7), (3, 5), 20),
+        ((2, 5, 33), (3, 9), 64),
+        ((3, 6, 10), (9, 3), 32),  # the window larger than one axis
+        ((2, 4, 5), (7, 9), 32),  # and than both
+        ((4, 7, 9), (1, 1), 32),
+        ((21, 9, 8), (5, 5), 128),
+    ],
+)
+def test_flex_window_is_the_textbooks(grid, window, head_dim, clipped):
+    query, key, value = tokens(grid, head_dim)
+    expected = window_attention(query, key, value, token_mask(grid, window, clipped).cuda(), scale=0.37)
+    attend = flex_window(grid, window, scale=0.37, clipped=clipped, device="cuda")
+    assert relative(attend(query, key, value), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("grid, window, head_dim", [((21, 9, 8), (5, 5), 32), ((5, 45, 60), (31, 53), 128)])
+def test_flex_window_in_bfloat16(grid, window, head_dim, clipped):
+    query, key, value = tokens(grid, head_dim, heads=1)
+    mask = token_mask(grid, window, clipped).cuda()
+    expected = window_attention(query, key, value, mask)
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    attended = flex_window(grid, window, clipped=clipped, device="cuda")(query, key, value)
+    assert attended.dtype == torch.bfloat16
+    error = relative(attended, expected)
+    assert error <= 1e-2
+    assert error <= 1.2 * relative(F.scaled_dot_product_attention(query, key, value, attn_mask=mask), expected)
+
+
+def test_flex_window_at_the_size_it_is_for():
+    """1088 x 1920 x 81: equal to the tiles, and far from holding a mask of (T*H*W)^2, which would take 27 GiB; even as
+    the last of many grids."""
+    for height in range(4, 13):  # more grids than torch.compile, unasked, compiles one function for
+        flex_window((1, height, 8), (3, 3))(*tokens((1, height, 8), head_dim=16))
+    grid, window = (21, 68, 120), (31, 53)
+    query, key, value = torch.randn(3, 1, 1, 21 * 68 * 120, 128, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attended = flex_window(grid, window, device="cuda")(query, key, value)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * 2**30
+    assert relative(attended, tiled_window(grid, window, device="cuda")(query, key, value)) <= 1e-2
+
+
+@pytest.mark.parametrize("name, tensor", REFINEMENTS)
+def test_whole_refinement(name, tensor):
+    case = load(name)
+    kind = tensor.removesuffix(".latents")
+    interval = None if kind == "nocache" else int(kind.removeprefix("cache"))
+    result = case.expected[tensor]
+    case.transformer.cuda()
+    case.expected = {key: value.cuda() for key, value in case.expected.items()}
+    assert relative(refined(case, cache_interval=interval), result) <= 1e-3

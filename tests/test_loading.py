@@ -1,0 +1,178 @@
+"""Loading: every layout a checkpoint comes in, nothing missing or left over, names as published, no second copy."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from huggingface_hub.utils import filter_repo_objects
+from parity import peak_memory, randomise, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+import model
+from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, download
+
+PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
+
+SMALL_TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, text_dim=24, freq_dim=32)
+SMALL_ENCODER = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, vocab_size=100,
+                     feed_forward_proj="gated-gelu")
+
+# name: (our class, how to build the reference, shard size, a tensor to break)
+CHECKPOINTS = {
+    "transformer": (WanTransformer, lambda: WanTransformer3DModel(**SMALL_TRANSFORMER), "5GB",
+                    "blocks.1.attn2.norm_k.weight"),
+    "transformer in shards": (WanTransformer, lambda: WanTransformer3DModel(**SMALL_TRANSFORMER), "20KB",
+                              "blocks.1.attn2.norm_k.weight"),
+    "vae": (WanVAE, lambda: AutoencoderKLWan(base_dim=4, num_res_blocks=1), "5GB",
+            "decoder.up_blocks.0.upsamplers.0.time_conv.bias"),
+    "text encoder in shards": (TextEncoder, lambda: UMT5EncoderModel(UMT5Config(**SMALL_ENCODER)), "20KB",
+                               "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"),
+}
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def checkpoint(request, tmp_path):
+    """Our class, the reference model, its folder, and a tensor with the file it is in."""
+    ours, build, shard_size, tensor = CHECKPOINTS[request.param]
+    theirs = randomise(build())
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    files = [file for file in tmp_path.glob("*.safetensors") if tensor in load_file(file)]
+    assert len(files) == 1 and (len(list(tmp_path.glob("*.safetensors"))) > 2) == ("shards" in request.param)
+    return ours, theirs, tmp_path, tensor, files[0]
+
+
+def test_every_layout_is_read(checkpoint):
+    ours, theirs, folder, _, _ = checkpoint
+    model = ours.from_pretrained(folder)
+    if ours is TextEncoder:  # its weights stay on disk until they are needed
+        for name in ("shared", "layers.0", "layers.1", "final_norm"):
+            model.fill(name + ".")
+    expected = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[checkpoint_name(name)]), name
+
+
+def break_file(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def assert_refused(ours, folder, *words):
+    with pytest.raises(ValueError) as error:
+        ours.from_pretrained(folder)
+    for word in words:
+        assert str(word) in str(error.value)
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    ours, _, folder, tensor, file = checkpoint
+    break_file(file, lambda tensors: tensors.pop(tensor))
+    assert_refused(ours, folder, tensor, file.name, "missing")
+
+
+def test_an_extra_tensor_is_named(checkpoint):
+    ours, _, folder, _, file = checkpoint
+    break_file(file, lambda tensors: tensors.update({"blocks.7.stray": torch.zeros(3)}))
+    assert_refused(ours, folder, "blocks.7.stray", file.name)
+
+
+def test_a_misshapen_tensor_is_named(checkpoint):
+    ours, _, folder, tensor, file = checkpoint
+    shape = tuple(load_file(file)[tensor].shape)
+    break_file(file, lambda tensors: tensors.update({tensor: torch.zeros(*shape, 1)}))
+    assert_refused(ours, folder, tensor, file.name, (*shape, 1), shape)
+
+
+def test_a_missing_file_is_named(checkpoint):
+    ours, _, folder, _, file = checkpoint
+    file.unlink()
+    assert_refused(ours, folder, file.name if list(folder.glob("*.index.json")) else folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def names_and_shapes(cls, config):
+    with torch.device("meta"):
+        built = cls(config)
+    return {checkpoint_name(name): list(tensor.shape) for name, tensor in built.state_dict().items()}
+
+
+@pytest.mark.parametrize("part, cls", [("transformer", WanTransformer), ("vae", WanVAE), ("text_encoder", TextEncoder)])
+def test_names_and_shapes_are_those_published(part, cls):
+    config = json.loads((PUBLISHED / part / "config.json").read_text())
+    assert names_and_shapes(cls, config) == json.loads((PUBLISHED / "shapes.json").read_text())[part]
+
+
+def test_names_and_shapes_of_the_14b():
+    config = dict(num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824)
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**config)
+    expected = {name: list(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert sum(parameter.numel() for parameter in theirs.parameters()) > 14e9
+    assert names_and_shapes(WanTransformer, dict(theirs.config)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOAD = """
+transformer = model.WanTransformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+for parameter in transformer.parameters():  # a mapped weight takes memory once it is read
+    parameter.sum()
+"""
+
+
+@pytest.mark.parametrize("dtype, share", [("float32", 1.0), ("bfloat16", 0.5)])
+def test_weights_are_never_held_twice(tmp_path, dtype, share):
+    """300 MB of transformer in ten shards. Peak of the resident set: the weights once, and while a cast is under way
+    the pages of the one shard that it reads, which are the kernel's to drop. 15% are allowed on the weights."""
+    config = dict(WanTransformer3DModel(**SMALL_TRANSFORMER).config)
+    config |= dict(num_attention_heads=8, attention_head_dim=64, num_layers=18, ffn_dim=2048)
+    shapes = names_and_shapes(WanTransformer, config)
+    total = write_checkpoint(tmp_path, config, shapes, shards=10)
+    shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    peak = peak_memory(LOAD, tmp_path, dtype)
+    print(f"{dtype}: peak {peak / 1e6:.0f} MB for {share * total / 1e6:.0f} MB of weights, shards of {shard / 1e6:.0f}")
+    assert 0.95 * share * total <= peak <= 1.15 * share * total + (shard if dtype == "bfloat16" else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+REVISIONS = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": json.loads((PUBLISHED / "files.json").read_text())["revision"],
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
+    "someone/else": None,  # whatever is newest
+}
+
+NEEDED = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"text_encoder/model-{number:05}-of-00005.safetensors" for number in range(1, 6)),
+    "text_encoder/model.safetensors.index.json", "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    *(f"transformer/diffusion_pytorch_model-{number:05}-of-00002.safetensors" for number in range(1, 3)),
+    "transformer/diffusion_pytorch_model.safetensors.index.json", "transformer/config.json",
+    "vae/diffusion_pytorch_model.safetensors", "vae/config.json",
+]
+NEEDLESS = ["README.md", ".gitattributes", "assets/logo.png", "examples/i2v.mp4", "transformer/pytorch_model.bin",
+            "google/umt5-xxl/spiece.model", "Wan2.1_VAE.pth"]
+
+
+@pytest.mark.parametrize("name", REVISIONS)
+def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
+    calls = []
+    monkeypatch.setattr(model, "snapshot_download", lambda *args, **options: calls.append((args, options)) or str(tmp_path))
+    assert Path(download(name)) == tmp_path
+    ((repository,), options), = calls
+    assert repository == name and options["revision"] == REVISIONS[name]
+    listing = [*json.loads((PUBLISHED / "files.json").read_text())["files"], *NEEDLESS]
+    patterns = dict(allow_patterns=options.get("allow_patterns"), ignore_patterns=options.get("ignore_patterns"))
+    assert sorted(filter_repo_objects(listing, **patterns)) == sorted(NEEDED)
+
+
+def test_a_folder_needs_no_download(monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    assert Path(download(str(tmp_path))) == tmp_path

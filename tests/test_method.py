@@ -1,0 +1,286 @@
+"""The dual path, its cache and the whole refinement against the outputs of the authors' code.
+
+`reference/wide` and `reference/odd` hold what the authors' code computed, in float32 on a CPU, with two tiny random
+models. The authors hard-code 1560 native tokens, whatever the model; so `scale_tokens` is 1560 here.
+"""
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import relative
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from freeswim import FlowUniPC, attention_scale, dense_window, predict, refine, upsample
+from model import WanTransformer, WanVAE, full_attention
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def names(case):
+    with safe_open(REFERENCE / case / "expected.safetensors", "pt") as tensors:
+        return sorted(tensors.keys())
+
+
+REFINEMENTS = [(case, name) for case in ("wide", "odd") for name in names(case) if name.endswith(".latents")]
+
+
+def load(name):
+    """A reference set: its models, its expected tensors, and what the authors' settings make of them."""
+    folder = REFERENCE / name
+    meta = json.loads((folder / "meta.json").read_text())
+    transformer = WanTransformer.from_pretrained(folder / "transformer")
+    scale = attention_scale(transformer.config["attention_head_dim"], meta["attention_base_tokens"])
+    window = tuple(2 * (size // 2) + 1 for size in meta["native"])
+    return SimpleNamespace(
+        meta=meta,
+        expected=load_file(folder / "expected.safetensors"),
+        transformer=transformer,
+        vae=WanVAE.from_pretrained(folder / "vae"),
+        window_size=window,
+        window=dense_window(tuple(meta["grid"]), window, scale=scale),
+        full=partial(full_attention, scale=scale),
+    )
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {name: load(name) for name in ("wide", "odd")}
+
+
+@pytest.fixture(params=["wide", "odd"])
+def case(request, sets):
+    return sets[request.param]
+
+
+def refined(case, latents=None, **options):
+    """The refinement with the settings of the reference set, but for `options`."""
+    meta, expected = case.meta, case.expected
+    settings = {
+        "native": tuple(meta["native"]),
+        "steps": meta["steps"],
+        "strength": meta["strength"],
+        "flow_shift": meta["flow_shift"],
+        "guidance": meta["guidance"],
+        "scale_tokens": meta["attention_base_tokens"],
+        "generator": torch.Generator().manual_seed(meta["noise_seed"]),
+    }
+    latents = expected["encoded"] if latents is None else latents
+    return refine(case.transformer, latents, expected["text"], expected["negative"], **(settings | options))
+
+
+def as_clip(video):
+    """uint8 (F, H, W, 3) to (1, 3, F, H, W) in [-1, 1]."""
+    return video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity
+
+
+def test_single_passes(case):
+    expected, run = case.expected, partial(predict, case.transformer)
+    now = expected["latents"], expected["timestep"]
+    later = expected["latents_next"], expected["timestep_next"]
+    features = {}
+    passes = {
+        "dual_full": case.transformer(*now, expected["text"], case.full),
+        "dual_window": run(*now, expected["text"], case.window, full=case.full),
+        "dual_window_negative": run(*now, expected["negative"], case.window, full=case.full),
+        "guide_window": run(*now, expected["text"], case.window, full=case.full, features=features),
+        "reuse_window": run(*later, expected["text"], case.window, features=features),
+        "window_only_negative": run(*later, expected["negative"], case.window),
+    }
+    errors = {name: relative(velocity, expected[name]) for name, velocity in passes.items()}
+    assert all(error <= 1e-4 for error in errors.values()), errors
+
+
+def test_every_step_without_cache(case):
+    trace = []
+    refined(case, on_step=lambda step, latents: trace.append((step, latents.clone())))
+    assert [step for step, _ in trace] == list(range(len(case.expected["nocache.trace"])))
+    errors = [relative(latents[0], step) for (_, latents), step in zip(trace, case.expected["nocache.trace"])]
+    assert all(error <= 1e-3 for error in errors), errors
+
+
+@pytest.mark.parametrize("name, tensor", REFINEMENTS)
+def test_whole_refinement(sets, name, tensor):
+    kind = tensor.removesuffix(".latents")
+    interval = None if kind == "nocache" else int(kind.removeprefix("cache"))
+    assert relative(refined(sets[name], cache_interval=interval), sets[name].expected[tensor]) <= 1e-3
+
+
+def test_schedule_and_first_noise(case):
+    meta, expected = case.meta, case.expected
+    solver = FlowUniPC(meta["steps"], meta["flow_shift"], meta["strength"])
+    kept = len(meta["timesteps"])
+    assert solver.timesteps == meta["timesteps"]
+    assert (solver.sigmas - torch.tensor(meta["sigmas"][-kept - 1 :])).abs().max() <= 1e-6
+    noise = torch.randn(expected["encoded"].shape, generator=torch.Generator().manual_seed(meta["noise_seed"]))
+    assert relative(solver.add_noise(expected["encoded"], noise), expected["init_latents"]) <= 1e-6
+
+
+def test_from_video_to_video(case):
+    expected = case.expected
+    encoded = case.vae.encode(as_clip(expected["video"]))
+    assert relative(encoded, expected["encoded"]) <= 1e-4
+    latents = refined(case, latents=encoded)
+    assert relative(latents, expected["nocache.latents"]) <= 1e-3
+    if "decoded" in expected:
+        assert relative(case.vae.decode(expected["nocache.latents"]), expected["decoded"]) <= 1e-4
+        assert relative(case.vae.decode(latents), expected["decoded"]) <= 1e-3
+
+
+def test_every_reference_tensor_is_used():
+    inputs = {"latents", "timestep", "latents_next", "timestep_next", "text", "negative", "video"}
+    passes = {"dual_full", "dual_window", "dual_window_negative", "guide_window"}
+    passes |= {"reuse_window", "window_only_negative"}
+    others = {"mask", "encoded", "init_latents", "nocache.trace"}
+    for name, extra in (("wide", {"cache1", "cache2", "cache5"}), ("odd", {"cache3"})):
+        whole = {f"{kind}.latents" for kind in extra | {"nocache"}}
+        decoded = {"decoded"} if name == "odd" else set()
+        assert set(names(name)) == inputs | passes | others | whole | decoded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every ingredient matters: without it the result is off by more than ten times the tolerance.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"override": False},
+        {"window": "full"},
+        {"window": "clipped"},
+        {"scale_tokens": 2},
+        {"cache_interval": 1},
+        {"cache_interval": 3},
+    ],
+    ids=str,
+)
+def test_every_ingredient_matters(case, change):
+    assert relative(refined(case, **change), case.expected["nocache.latents"]) > 1e-2
+
+
+def test_a_slightly_wrong_scale_matters(case):
+    """The ordinary scale and that of the tiny models' true token count are within 6% of the right one. A refinement
+    shows them, but averages them out to two or three times its tolerance; single passes show them clearly."""
+    expected = case.expected
+    assert relative(refined(case, scale_tokens=None), expected["nocache.latents"]) > 1e-3
+    rows, columns = case.meta["native"]
+    for wrong in (None, attention_scale(case.transformer.config["attention_head_dim"], rows * columns)):
+        window = dense_window(tuple(case.meta["grid"]), case.window_size, scale=wrong)
+        full = partial(full_attention, scale=wrong)
+        inputs = expected["latents"], expected["timestep"], expected["text"]
+        assert relative(predict(case.transformer, *inputs, window, full=full), expected["dual_window"]) > 1e-3
+        assert relative(predict(case.transformer, *inputs, case.window, full=full), expected["dual_window"]) > 1e-3
+        assert relative(predict(case.transformer, *inputs, window, full=case.full), expected["dual_window"]) > 1e-3
+
+
+@pytest.mark.parametrize("head_dim, native_tokens", [(128, 1560), (20, 1560), (64, 8)])
+def test_attention_scale_is_the_papers(head_dim, native_tokens):
+    scale = attention_scale(head_dim, native_tokens)
+    assert native_tokens ** (scale**2 * head_dim) == pytest.approx(2 * native_tokens)  # what log_n(2n) means
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache is read, never written; nothing is kept between calls; no work is thrown away.
+
+
+def test_features_are_only_read(case):
+    expected, features = case.expected, {}
+    run = partial(predict, case.transformer, text=expected["text"], window=case.window)
+    guide = run(expected["latents"], expected["timestep"], full=case.full, features=features)
+    assert len(features) == case.transformer.config["num_layers"]
+    kept = {block: tensor.clone() for block, tensor in features.items()}
+    latents = expected["latents_next"].clone()
+    first, second = (run(latents, expected["timestep_next"], features=features) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(latents, expected["latents_next"])
+    assert features.keys() == kept.keys()
+    assert all(torch.equal(features[block], kept[block]) for block in kept)
+    # A second caching step replaces every one of them, and none of the first has a part in it.
+    run(expected["latents_next"], expected["timestep_next"], full=case.full, features=features)
+    assert not any(torch.equal(features[block], kept[block]) for block in kept)
+    again = run(expected["latents"], expected["timestep"], full=case.full, features=features)
+    assert torch.equal(again, guide)
+    assert all(torch.equal(features[block], kept[block]) for block in kept)
+
+
+@pytest.mark.parametrize("interval", [None, 2])
+def test_refinements_share_nothing(case, interval):
+    encoded = case.expected["encoded"].clone()
+    first = refined(case, latents=encoded, cache_interval=interval)
+    assert torch.equal(encoded, case.expected["encoded"])
+    refined(case, latents=-encoded, cache_interval=1)
+    assert torch.equal(refined(case, latents=encoded, cache_interval=interval), first)
+
+
+def test_clips_of_a_batch_do_not_mix(case):
+    expected = case.expected
+    latents = torch.cat([expected["latents"], expected["latents_next"]])
+    timestep = torch.cat([expected["timestep"], expected["timestep_next"]])
+    text = torch.cat([expected["text"], expected["negative"]])
+    features = {}
+    for options in ({}, {"full": case.full, "features": features}, {"features": features}):
+        together = predict(case.transformer, latents, timestep, text, case.window, **options)
+        for clip in (slice(0, 1), slice(1, 2)):
+            mine = options | ({"features": {}} if "full" in options else {})
+            if options.keys() == {"features"}:
+                mine = {"features": {block: tensor[clip] for block, tensor in features.items()}}
+            alone = predict(case.transformer, latents[clip], timestep[clip], text[clip], case.window, **mine)
+            assert relative(together[clip], alone) <= 1e-5
+
+
+def work(case, **options):
+    """How many clips went through the first self-attention, the first cross-attention and the last feed-forward
+    network in a refinement. (Clips, not calls: how they are batched and chunked does not count.)"""
+    first, last = case.transformer.blocks[0], case.transformer.blocks[-1]
+    parts = first.self_attn, first.cross_attn, last.ffn
+    elements = dict.fromkeys(parts, 0)
+
+    def count(part, inputs, output):
+        elements[part] += output.numel()
+
+    hooks = [part.register_forward_hook(count) for part in parts]
+    refined(case, **options)
+    for hook in hooks:
+        hook.remove()
+    frames, height, width = case.meta["grid"]
+    heads, head_dim = (case.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim"))
+    return [elements[part] / (frames * height * width * heads * head_dim) for part in parts]
+
+
+def test_no_work_is_thrown_away(case):
+    steps = len(case.meta["timesteps"])
+    guides = len(range(0, steps, 3))
+    # Dual: two branches, two prompts; cross-attention in the full branch only, which ends with its last one.
+    assert work(case) == [4 * steps, 2 * steps, 2 * steps]
+    # Cached: the two window branches at every step, the full branch at the caching steps; cross-attention is the full
+    # branch's and the negative's own.
+    assert work(case, cache_interval=3) == [2 * steps + guides, steps + guides, 2 * steps]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Upsampling
+
+
+@pytest.mark.parametrize("size", [(12, 20), (15, 11), (6, 10), (3, 4)])
+def test_upsampling_is_bilinear_with_half_pixel_centres(size):
+    video = torch.randn(2, 3, 2, 6, 10, generator=torch.Generator().manual_seed(0))
+
+    def interpolation(old, new):
+        """The matrix (new, old) that samples an axis at its new pixels' centres, without antialiasing."""
+        matrix = torch.zeros(new, old)
+        for pixel in range(new):
+            position = min(max((pixel + 0.5) * old / new - 0.5, 0), old - 1)
+            left = int(position)
+            matrix[pixel, left] += 1 - (position - left)
+            matrix[pixel, min(left + 1, old - 1)] += position - left
+        return matrix
+
+    expected = interpolation(6, size[0]) @ video @ interpolation(10, size[1]).T
+    assert relative(upsample(video, *size), expected) <= 1e-6

@@ -1,0 +1,121 @@
+"""The windows: the mask by its definition, and window attention, fast and slow, against a textbook's."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import relative, seen, token_mask, window_attention, window_mask
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freeswim import dense_window, inward_mask, tiled_window
+
+REFERENCE = Path(__file__).parent / "reference"
+
+# (grid (T, H, W), window (rows, cols)): ordinary, odd sizes, windows larger than one axis or both, single tokens.
+CASES = [
+    ((3, 8, 14), (5, 7)),
+    ((2, 9, 7), (3, 5)),
+    ((1, 13, 11), (7, 3)),
+    ((5, 6, 5), (3, 3)),
+    ((2, 5, 33), (3, 9)),
+    ((2, 31, 6), (9, 5)),
+    ((3, 6, 10), (9, 3)),
+    ((3, 10, 6), (3, 9)),
+    ((2, 4, 5), (7, 9)),
+    ((2, 1, 12), (3, 5)),
+    ((2, 12, 1), (5, 3)),
+    ((4, 7, 9), (1, 1)),
+    ((4, 7, 9), (1, 5)),
+    ((3, 1, 1), (1, 1)),
+    ((3, 1, 1), (5, 5)),
+]
+
+
+@pytest.mark.parametrize("name", ["wide", "odd"])
+def test_mask_is_the_authors(name):
+    meta = json.loads((REFERENCE / name / "meta.json").read_text())
+    window = tuple(2 * (size // 2) + 1 for size in meta["native"])
+    expected = load_file(REFERENCE / name / "expected.safetensors")["mask"].bool()
+    mask = inward_mask(*meta["grid"][1:], window)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, expected)
+
+
+def random_windows(count):
+    """Grids and windows at random: often the window is larger than an axis, sometimes it is one row or column."""
+    draw = random.Random(0)
+    sizes = [[draw.randint(1, 10), draw.randint(1, 10), draw.randint(0, 6), draw.randint(0, 6)] for _ in range(count)]
+    return [(height, width, (2 * rows + 1, 2 * columns + 1)) for height, width, rows, columns in sizes]
+
+
+SINGLES = [(1, 1, (1, 1)), (1, 1, (3, 7)), (1, 9, (1, 3)), (9, 1, (3, 1)), (9, 8, (1, 5)), (9, 8, (1, 1))]
+
+
+@pytest.mark.parametrize("height, width, window", [*SINGLES, *random_windows(60)])
+def test_mask_keeps_its_definition(height, width, window):
+    mask = inward_mask(height, width, window)
+    assert mask.shape == (height * width, height * width)
+    for query in range(height * width):
+        visible = mask[query].view(height, width)
+        rows, columns = visible.any(dim=1).nonzero().flatten(), visible.any(dim=0).nonzero().flatten()
+        assert visible.sum() == len(rows) * len(columns)  # a rectangle
+        axes = (rows, query // width, height, window[0]), (columns, query % width, width, window[1])
+        for positions, own, length, size in axes:
+            assert len(positions) == min(size, length)
+            assert positions[-1] - positions[0] == len(positions) - 1  # without gaps
+            assert own in positions
+            before, after = own - positions[0], positions[-1] - own
+            assert before >= after or positions[0] == 0  # sees less before it than after it only at the border
+            assert after >= before or positions[-1] == length - 1
+            assert positions.tolist() == seen(own, length, size)  # and so the tests' own oracle
+
+
+@pytest.mark.parametrize("builder", [dense_window, tiled_window])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("grid, window", CASES)
+def test_window_attention_is_the_textbooks(builder, grid, window, clipped):
+    frames, height, width = grid
+    draw = torch.Generator().manual_seed(1)
+    query, key, value = torch.randn(3, 2, 3, frames * height * width, 20, generator=draw)
+    for scale in (None, 0.37):
+        expected = window_attention(query, key, value, token_mask(grid, window, clipped), scale)
+        attended = builder(grid, window, scale=scale, clipped=clipped)(query, key, value)
+        assert attended.dtype == torch.float32
+        assert relative(attended, expected) <= 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """While active, remembers the number of elements of the largest tensor any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_tiles_never_hold_the_mask_of_the_whole_clip(clipped):
+    grid, window = (3, 48, 48), (5, 7)
+    tokens = 3 * 48 * 48
+    query, key, value = torch.randn(3, 1, 1, tokens, 8)
+    with LargestTensor() as dense:
+        slow = dense_window(grid, window, clipped=clipped)(query, key, value)
+    with LargestTensor() as tiled:
+        fast = tiled_window(grid, window, clipped=clipped)(query, key, value)
+    assert dense.elements >= tokens**2  # the measure does see a mask
+    assert tiled.elements <= tokens**2 / 20
+    assert relative(fast, slow) <= 1e-5
+
+
+def test_clipped_and_inward_differ_at_the_border_only():
+    inward, clipped = inward_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), clipped=True)
+    same = (inward == clipped).all(dim=1).view(9, 12)
+    inside = torch.zeros(9, 12, dtype=torch.bool)
+    inside[2:-2, 3:-3] = True
+    assert torch.equal(same, inside)
