@@ -508,7 +508,7 @@ class TextEncoder(nn.Module):
     """The UMT5 encoder. `config` is the content of its config.json.
 
     Wan's has 5.7 billion parameters, needed once per prompt. So `from_pretrained` reads no weights: each forward
-    streams them from the files, and holds the embedding table or one layer at a time.
+    looks the tokens up in the file's embedding table and streams the layers, one in memory at a time.
     """
 
     def __init__(self, config):
@@ -522,7 +522,12 @@ class TextEncoder(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
         """The encoder of a `text_encoder/` folder, streamed; names and shapes are checked at once."""
         encoder, sources = empty_model(cls, folder)
-        encoder.fill = lambda name: read_weights(encoder, sources, device, dtype, prefix=name)
+
+        def fill(name):  # the table stays where it is, mapped from the file, of which only a prompt's rows are read
+            place = ("cpu", None) if name == "shared." else (device, dtype)
+            read_weights(encoder, sources, *place, prefix=name)
+
+        encoder.fill = fill
         return encoder
 
     @contextmanager
@@ -539,10 +544,10 @@ class TextEncoder(nn.Module):
         """Token ids (B, L) and mask (B, L) to (B, L, d_model). What stands at masked positions means nothing."""
         with self.resident("shared") as embedding:
             x = embedding(ids.to(embedding.weight.device))
-        mask = mask.to(x.device)
         for index in range(len(self.layers)):
             with self.resident(f"layers.{index}") as layer:
-                x = layer(x, mask)
+                x = x.to(layer.gate.weight)  # its device and dtype
+                x = layer(x, mask.to(x.device))
         with self.resident("final_norm") as norm:
             return norm(x)
 
@@ -641,12 +646,11 @@ def empty_model(cls, folder):
     with torch.device("meta"):
         model = cls(json.loads((folder / "config.json").read_text())).eval().requires_grad_(False)
     index = next(folder.glob("*.safetensors.index.json"), None)
-    if index:
-        stated = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        files = sorted(set(stated.values()))
+    if index:  # shards
+        place = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = sorted(set(place.values()))
     else:
-        index = files = next(folder.glob("*.safetensors"), folder / "*.safetensors")
-        files = [index]
+        place, files = {}, [next(folder.glob("*.safetensors"), folder / "*.safetensors")]
     shapes, found = {}, {}
     for file in files:
         if not file.is_file():
@@ -658,7 +662,7 @@ def empty_model(cls, folder):
     for ours, tensor in model.state_dict().items():
         name = checkpoint_name(ours)
         if name not in found:
-            raise ValueError(f"{index}: tensor {name} is missing")
+            raise ValueError(f"{place.get(name, index or files[0])}: tensor {name} is missing")
         if shapes[name] != tuple(tensor.shape):
             raise ValueError(f"{found[name]}: tensor {name} is {shapes[name]}, but should be {tuple(tensor.shape)}")
         sources[ours] = name, found.pop(name)
@@ -668,7 +672,8 @@ def empty_model(cls, folder):
 
 
 def read_weights(model, sources, device, dtype, prefix="", float32=()):
-    """Read the tensors of `model` whose names begin with `prefix`, one by one, each straight to its device and dtype."""
+    """Read the tensors of `model` whose names begin with `prefix`, one by one, each straight to its device and dtype
+    (None: as in the file). On the CPU, a tensor that needs no cast is not read but mapped."""
     state = {}
     wanted = {name: source for name, source in sources.items() if name.startswith(prefix)}
     for file in {file for _, file in wanted.values()}:

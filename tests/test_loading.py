@@ -71,6 +71,11 @@ def test_a_missing_tensor_is_named(checkpoint):
     ours, _, folder, tensor, file = checkpoint
     break_file(file, lambda tensors: tensors.pop(tensor))
     assert_refused(ours, folder, tensor, file.name, "missing")
+    for index in folder.glob("*.index.json"):  # nor does the index know of it any more
+        content = json.loads(index.read_text())
+        del content["weight_map"][tensor]
+        index.write_text(json.dumps(content))
+        assert_refused(ours, folder, tensor, index.name, "missing")
 
 
 def test_an_extra_tensor_is_named(checkpoint):
