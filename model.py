@@ -680,6 +680,7 @@ def read_weights(model, sources, device, dtype, prefix="", float32=()):
         with safe_open(file, "pt") as tensors:
             for ours, (name, place) in wanted.items():
                 if place == file:
-                    keep = any(part in ours for part in float32)
-                    state[ours] = tensors.get_tensor(name).to(device, torch.float32 if keep else dtype)
+                    tensor, keep = tensors.get_tensor(name), any(part in ours for part in float32)
+                    # What is kept is copied: else it would keep the file mapped, and all that was read of it.
+                    state[ours] = tensor.to(device, torch.float32 if keep else dtype, copy=keep)
     model.load_state_dict(state, strict=False, assign=True)
