@@ -222,7 +222,13 @@ def main():
 
     def bar(name, total):
         progress = tqdm(total=total, desc=name, unit="step")
-        return lambda step, latents: (progress.update(), step + 1 == total and progress.close())
+
+        def on_step(step, latents):
+            progress.update()
+            if step + 1 == total:
+                progress.close()
+
+        return on_step
 
     def tiles(name):
         return partial(tqdm, desc=name, unit="tile")

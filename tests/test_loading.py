@@ -15,7 +15,8 @@ from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, download
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
 
-SMALL_TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, text_dim=24, freq_dim=32)
+SMALL_TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, text_dim=24,
+                         freq_dim=32)
 SMALL_ENCODER = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, vocab_size=100,
                      feed_forward_proj="gated-gelu")
 
@@ -169,9 +170,14 @@ NEEDLESS = ["README.md", ".gitattributes", "assets/logo.png", "examples/i2v.mp4"
 @pytest.mark.parametrize("name", REVISIONS)
 def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
     calls = []
-    monkeypatch.setattr(model, "snapshot_download", lambda *args, **options: calls.append((args, options)) or str(tmp_path))
+
+    def snapshot_download(repository, **options):
+        calls.append((repository, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(model, "snapshot_download", snapshot_download)
     assert Path(download(name)) == tmp_path
-    ((repository,), options), = calls
+    (repository, options), = calls
     assert repository == name and options["revision"] == REVISIONS[name]
     listing = [*json.loads((PUBLISHED / "files.json").read_text())["files"], *NEEDLESS]
     patterns = dict(allow_patterns=options.get("allow_patterns"), ignore_patterns=options.get("ignore_patterns"))

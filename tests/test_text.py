@@ -113,8 +113,8 @@ def test_weights_are_streamed(large, dtype):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-TEXTS = ["A cat walks on the grass, realistic.", "Two fish swim over a sandy floor!", "“Quotes” & <brackets>; dashes —",
-         "一只猫在草地上行走,写实风格。", "過曝，靜態，細節模糊", "Café, naïve, Übung", "emoji 🐟🐠 and more", "3.5 x 4 = 14"]
+TEXTS = ["A cat walks on the grass, realistic.", "Two fish swim over a sandy floor!",
+         "“Quotes” & <brackets>; dashes —", "一只猫在草地上行走,写实风格。", "過曝，靜態，細節模糊", "Café, naïve, Übung", "emoji 🐟🐠 and more", "3.5 x 4 = 14"]
 
 PROMPTS = {
     "plain": "A cat walks on the grass, realistic.",
@@ -124,6 +124,7 @@ PROMPTS = {
     "entities": "fish &amp; chips &lt;b&gt; &quot;x&quot; &#39;y&#39; &eacute; &nbsp;.",
     "escaped twice": "fish &amp;amp; chips &amp;lt;b&amp;gt; &amp;#39;",
     "escaped thrice": "&amp;amp;lt;",
+    "escaped twice, and a tag": "<b>fish</b> &amp;amp; chips &amp;lt; bread",  # ftfy resolves nothing beside a tag
     "emoji": "🐟🐠 a family 👩‍👩‍👧 swims 👍🏽",
     "mojibake": "CafÃ© naÃ¯ve â€œquotesâ€\x9d âœ” schÃ¶n",
     "white space": " \t two \n\n lines\r\nand\u00a0more \u3000 \u2003 ",
