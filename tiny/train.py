@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, tokenize
+from model import Block, TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, tokenize
 from tiny import world
 
 HERE = Path(__file__).parent
 TRANSFORMER = {
-    "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 4,
-    "attention_head_dim": 48, "num_layers": 6, "ffn_dim": 768, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
+    "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 5,
+    "attention_head_dim": 48, "num_layers": 8, "ffn_dim": 960, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
     "out_channels": 16, "patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
     "eps": 1e-6, "added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None, "rope_max_seq_len": 1024,
 }
 VAE = {
     "_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.2", "base_dim": 16, "decoder_base_dim": 16,
-    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [], "dropout": 0.0,
+    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0,
     "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
 }
 TEXT = {
@@ -38,6 +38,9 @@ TEXT = {
     "torch_dtype": "bfloat16",
 }
 TEXT_LENGTH = 32  # tokens: no caption is longer, and zeros up to Wan's 512 would only cost time here
+# Multiples of the native size, and their share of the transformer's batches: Wan was trained at several sizes too, and a
+# full attention that never saw a larger grid repeats the scene in it.
+SCALES = {1: 0.75, 1.5: 0.125, 2: 0.125}
 
 
 def parse_arguments():
@@ -46,13 +49,13 @@ def parse_arguments():
     add("--work", type=Path, required=True, help="folder of the state and the log")
     add("--output", type=Path, default=HERE, help="folder of the result (default: this one)")
     add("--vae-minutes", type=float, default=9)
-    add("--vae-batch", type=int, default=64)
-    add("--clips", type=int, default=30000)
-    add("--minutes", type=float, default=9, help="of the transformer's training")
-    add("--batch", type=int, default=256)
-    add("--height", type=int, default=96, help="native, in pixels")
-    add("--width", type=int, default=144)
-    add("--frames", type=int, default=9)
+    add("--vae-batch", type=int, default=32, help="windows of 9 frames in a step")
+    add("--clips", type=int, default=16000, help="of the native size; fewer of the larger ones")
+    add("--minutes", type=float, default=6, help="of the transformer's training")
+    add("--batch", type=int, default=192, help="clips of the native size in a step; fewer of the larger ones")
+    add("--height", type=int, default=128, help="native, in pixels")
+    add("--width", type=int, default=192)
+    add("--frames", type=int, default=17)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -68,7 +71,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     Returns the number of steps. `net` ends with the exponential moving average of its weights.
     """
     file = args.work / f"{name}.pt"
-    optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = {key: value.clone() for key, value in net.state_dict().items()}
     step, seconds, saved = 0, 0.0, time.time()
     if file.is_file():
@@ -83,7 +86,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
-    losses, resumed_at = [], seconds
+    total, resumed_at = 0.0, seconds
     while seconds < 60 * minutes:
         start = time.time()
         for group in optimizer.param_groups:
@@ -97,11 +100,11 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         decay = min(0.998, 1 - 1 / (1 + 0.1 * step))
         for key, value in net.state_dict().items():
             average[key].lerp_(value, 1 - decay)
-        losses.append(loss.item())
+        total = total + loss.detach()
         step, seconds = step + 1, seconds + time.time() - start
-        if step % 50 == 0:
-            log(f"{name} step {step} loss {sum(losses) / len(losses):.4f} minutes {seconds / 60:.1f}")
-            losses = []
+        if step % 100 == 0:
+            log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {seconds / 60:.1f}")
+            total = 0.0
         if time.time() - saved > 120:
             save()
             saved = time.time()
@@ -111,13 +114,17 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     return step
 
 
-def vae_windows(args, generator, size=48, frames=5):
-    """Windows of clips, (B, 3, frames, size, size): near a fish three times of four, magnified up to three times."""
-    count = args.vae_batch
-    scenes = world.sample_scenes(count, generator, args.frames)
+def vae_windows(args, generator, size=64):
+    """Windows of clips, (B, 3, 9, size, size): near a fish three times of four, magnified up to three times. Every
+    fourth time they are fewer and of all frames, for what the convolutions remember."""
+    frames, count = 9, args.vae_batch
+    if torch.rand(1, generator=generator) < 0.25:
+        frames, count = args.frames, max(1, args.vae_batch * 9 // args.frames)
+    scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(5, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    near_x = scenes["x"][:, 0] + (u[2] - 0.5) * scenes["length"][:, 0]
+    middle = scenes["x"][:, 0] + scenes["direction"][:, 0] * scenes["speed"][:, 0] * (frames - 1) / world.FPS / 2
+    near_x = middle + (u[2] - 0.5) * scenes["length"][:, 0]
     near_y = scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0]
     x = torch.where(u[4] < 0.75, near_x, u[2] * world.WIDTH) - size / 2 * pixel
     y = torch.where(u[4] < 0.75, near_y, u[3]) - size / 2 * pixel
@@ -127,14 +134,16 @@ def vae_windows(args, generator, size=48, frames=5):
 
 
 def vae_loss(vae, video):
-    """L1 of pixels, of their differences in space and in time, and a little of the latents' divergence from normal."""
+    """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
+    normal."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
     latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
     error = vae.decode_chunk(latents, {}).float() - video
     space = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 0.5 * space + 0.25 * error.diff(dim=2).abs().mean() + 3e-4 * divergence
+    time = error.diff(dim=2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * space + 0.25 * time + 3e-4 * divergence
 
 
 def reconstruction(vae, args, scale):
@@ -146,22 +155,22 @@ def reconstruction(vae, args, scale):
     return 10 * math.log10(4 / (decoded - video).square().mean().item())
 
 
-def encoded_clips(vae, tokenizer, args, log):
-    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes."""
-    file = args.work / "clips.pt"
-    parts = torch.load(file, weights_only=True) if file.is_file() else []
-    generator = torch.Generator().manual_seed(1)
-    for index in range(0, args.clips, 8):
-        scenes = world.sample_scenes(8, generator, args.frames)
-        if index // 8 < len(parts):
-            continue
-        video = world.render({k: v.to(args.device) for k, v in scenes.items()}, args.height, args.width, args.frames)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-            parts.append((vae.encode(video).cpu(), *tokenize(tokenizer, world.captions(scenes))))
-        if index % 200 == 0:
-            log(f"clips {index}")
-    torch.save(parts, file)
-    return (torch.cat(column).to(args.device) for column in zip(*parts))
+def encoded_clips(vae, tokenizer, scale, args, log):
+    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes, at a multiple
+    of the native size: the larger, the fewer."""
+    file = args.work / f"clips-{scale}.pt"
+    if not file.is_file():
+        generator, parts, count = torch.Generator().manual_seed(int(10 * scale)), [], int(32 / scale**2)
+        for _ in range(math.ceil(args.clips * SCALES[scale] / count)):
+            scenes = world.sample_scenes(count, generator, args.frames)
+            on_device = {key: value.to(args.device) for key, value in scenes.items()}
+            video = world.render(on_device, int(args.height * scale), int(args.width * scale), args.frames)
+            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+                latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0]
+            parts.append((latents.bfloat16().cpu(), *tokenize(tokenizer, world.captions(scenes))))
+        log(f"{len(parts) * count} clips encoded at {scale} times the native size")
+        torch.save([torch.cat(column) for column in zip(*parts)], file)
+    return [part.to(args.device) for part in torch.load(file, weights_only=True)]
 
 
 def write(net, config, folder, name):
@@ -190,25 +199,35 @@ def main():
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    clips, ids, masks = encoded_clips(vae, tokenizer, args, log)
-    mean, std = clips.mean((0, 2, 3, 4)), clips.std((0, 2, 3, 4))
-    clips = (clips - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    sets = [encoded_clips(vae, tokenizer, scale, args, log) for scale in SCALES]
+    mean, std = sets[0][0].float().mean((0, 2, 3, 4)), sets[0][0].float().std((0, 2, 3, 4))
     write(vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, args.output / "vae",
           "diffusion_pytorch_model")
 
     text_config = {**TEXT, "vocab_size": words}
     nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": WanTransformer(TRANSFORMER)})
     nets.to(args.device)
+    for layer in nets["transformer"].modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
     torch.nn.init.zeros_(nets["transformer"].proj_out.weight)  # so that the first prediction is nothing
+    if args.device != "cpu":  # twice as fast; the parts, not the whole, lest the rotary table be computed in each
+        for part in ("self_attention", "cross_attention", "feed_forward"):
+            setattr(Block, part, torch.compile(getattr(Block, part)))
     empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
 
     def flow_loss(step):
         """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
-        pick = torch.randint(len(clips), (args.batch,), device=args.device)
-        dropped = torch.rand(args.batch, 1, device=args.device) < 0.1
+        index = torch.multinomial(torch.tensor(list(SCALES.values())), 1).item()
+        count = max(1, int(args.batch / list(SCALES)[index] ** 2))
+        clips, ids, masks = sets[index]
+        pick = torch.randint(len(clips), (count,), device=args.device)
+        dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
         text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
-        clean, u = clips[pick], torch.rand(args.batch, device=args.device)
+        clean = (clips[pick].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        u = torch.rand(count, device=args.device)
         sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
         noise = torch.randn_like(clean)
         velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
