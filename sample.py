@@ -50,7 +50,7 @@ BLUR = "overexposed, static, blurred details, subtitles, worst quality, low qual
 FISH = "a large orange striped fish swims right above a sandy floor with seaweed and bubbles"
 
 PRESETS = {  # by the width of the transformer, in channels
-    192: Preset(96, 144, 9, 16, base_shift=3.0, flow_shift=3.0, strength=0.7, guidance=3.5,
+    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.4, guidance=3.5,
                 prompt=FISH, negative_prompt=""),  # the bundled one
     1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, strength=0.7, guidance=5.0,
                  prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B

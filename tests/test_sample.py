@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
     (folder / "tokenizer").mkdir()
     words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
     transformer = json.loads((REFERENCE / "transformer" / "config.json").read_text())
-    transformer |= {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 1}
+    transformer |= {"num_attention_heads": 5, "attention_head_dim": 48, "num_layers": 1}
     text = UMT5 | {"vocab_size": words, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     vae = json.loads((REFERENCE / "vae" / "config.json").read_text())
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def run(*arguments):
 @pytest.fixture(scope="session")
 def first_run(checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    result = run("--model", checkpoint, "--output", output, "--size", "176x112", "--frames", 5, "--steps", 3,
+    result = run("--model", checkpoint, "--output", output, "--size", "224x144", "--frames", 5, "--steps", 3,
                  "--prompt", "a red shark", "--compare")
     assert result.returncode == 0, result.stderr
     return output, result
@@ -56,10 +56,10 @@ def first_run(checkpoint, tmp_path_factory):
 def test_it_writes_what_it_says(first_run):
     output, result = first_run
     assert sorted(file.name for file in output.iterdir()) == ["base.mp4", "comparison.png", "freeswim.mp4", "run.json"]
-    assert imageio.imread(output / "base.mp4").shape == (5, 96, 144, 3)
-    assert imageio.imread(output / "freeswim.mp4").shape == (5, 112, 176, 3)
+    assert imageio.imread(output / "base.mp4").shape == (5, 128, 192, 3)
+    assert imageio.imread(output / "freeswim.mp4").shape == (5, 144, 224, 3)
     strips = ("upscaled", "full attention", "clipped window", "inward window", "FreeSwim")
-    assert imageio.imread(output / "comparison.png").shape == (len(strips) * 112, 4 * 176, 3)
+    assert imageio.imread(output / "comparison.png").shape == (len(strips) * 144, 4 * 224, 3)
     for file in ("base.mp4", "freeswim.mp4", "comparison.png", "run.json"):
         assert str(output / file) in result.stdout
     for stage in ("base", "decode base", "encode", "refine", "full attention", "decode refine"):
@@ -70,8 +70,8 @@ def test_it_writes_what_it_says(first_run):
 def test_run_json_tells_everything(first_run):
     output, _ = first_run
     record = json.loads((output / "run.json").read_text())
-    expected = {"prompt": "a red shark", "negative_prompt": "", "size": "176x112", "frames": 5, "steps": 3, "seed": 0,
-                "strength": 0.7, "guidance": 3.5, "flow_shift": 3.0, "cache_interval": 5, "fps": 16, "device": "cpu",
+    expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 3, "seed": 0,
+                "strength": 0.4, "guidance": 3.5, "flow_shift": 3.0, "cache_interval": 5, "fps": 16, "device": "cpu",
                 "dtype": "float32", "base_video": None}
     assert expected.items() <= record["settings"].items()
     assert record["versions"]["torch"] == torch.__version__
@@ -81,7 +81,7 @@ def test_run_json_tells_everything(first_run):
 
 def test_a_seed_gives_the_same_latents_bit_for_bit(checkpoint, first_run, tmp_path):
     def latents(name, *arguments):
-        result = run("--model", checkpoint, "--output", tmp_path / name, "--size", "176x112", "--frames", 5,
+        result = run("--model", checkpoint, "--output", tmp_path / name, "--size", "224x144", "--frames", 5,
                      "--steps", 3, "--prompt", "a red shark", *arguments)
         assert result.returncode == 0, result.stderr
         return json.loads((tmp_path / name / "run.json").read_text())["latents_sha256"]
@@ -97,18 +97,18 @@ def test_an_existing_clip_is_refined(checkpoint, first_run, tmp_path):
     result = run("--model", checkpoint, "--output", tmp_path / "run", "--base-video", clip, "--frames", 5,
                  "--steps", 3, "--scale", 1.5, "--no-cache")
     assert result.returncode == 0, result.stderr
-    assert imageio.imread(tmp_path / "run" / "base.mp4").shape == (5, 112, 176, 3)
-    assert imageio.imread(tmp_path / "run" / "freeswim.mp4").shape == (5, 144, 224, 3)
+    assert imageio.imread(tmp_path / "run" / "base.mp4").shape == (5, 144, 224, 3)
+    assert imageio.imread(tmp_path / "run" / "freeswim.mp4").shape == (5, 192, 288, 3)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["cache_interval"] is None and "base" not in record["stages"]
 
 
 REFUSED = [  # what is typed, and what the one line of the answer must name: the value and the mend
     (["--size", "1920x1080"], ["1920x1080", "1920x1088"]),
-    (["--size", "150x96"], ["150x96", "144x96"]),
-    (["--size", "128x64"], ["128x64", "144x96"]),
-    (["--size", "large"], ["large", "288x192"]),
-    (["--scale", "0.5"], ["144x96"]),
+    (["--size", "200x130"], ["200x130", "192x128"]),
+    (["--size", "128x64"], ["128x64", "192x128"]),
+    (["--size", "large"], ["large", "384x256"]),
+    (["--scale", "0.5"], ["192x128"]),
     (["--frames", "8"], ["8", "4k + 1"]),
     (["--frames", "-3"], ["-3", "4k + 1"]),
     (["--strength", "0"], ["strength 0"]),
