@@ -41,21 +41,23 @@ class Preset:
     flow_shift: float  # flow shift of the refinement
     strength: float  # share of the steps that the refinement runs
     guidance: float
+    text_length: int  # tokens: what a prompt is padded to with zeros, which the cross-attention sees
     prompt: str
     negative_prompt: str
 
 
 CAT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
 BLUR = "overexposed, static, blurred details, subtitles, worst quality, low quality, deformed, still picture, cluttered"
-FISH = "a large orange striped fish swims right above a sandy floor with seaweed and bubbles"
+FISH = ("a small orange striped fish swims right and a small purple spotted fish swims left above a sandy floor with "
+        "seaweed and bubbles")
 
 PRESETS = {  # by the width of the transformer, in channels
-    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.4, guidance=3.5,
-                prompt=FISH, negative_prompt=""),  # the bundled one
+    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.5, guidance=3.5,
+                text_length=32, prompt=FISH, negative_prompt=""),  # the bundled one
     1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, strength=0.7, guidance=5.0,
-                 prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B
+                 text_length=512, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B
     5120: Preset(720, 1280, 81, 16, base_shift=5.0, flow_shift=9.0, strength=0.7, guidance=5.0,
-                 prompt=CAT, negative_prompt=BLUR),  # Wan2.1 14B
+                 text_length=512, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 14B
 }
 
 
@@ -234,7 +236,7 @@ def main():
         return partial(tqdm, desc=name, unit="tile")
 
     with stage("text", device, record):
-        tokenizer = model.load_tokenizer(folder / "tokenizer")
+        tokenizer = model.load_tokenizer(folder / "tokenizer", preset.text_length)
         encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
         text, negative = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt]).split(1)
     unknown = unknown_words(tokenizer, args.prompt)

@@ -71,7 +71,7 @@ def test_run_json_tells_everything(first_run):
     output, _ = first_run
     record = json.loads((output / "run.json").read_text())
     expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 3, "seed": 0,
-                "strength": 0.4, "guidance": 3.5, "flow_shift": 3.0, "cache_interval": 5, "fps": 16, "device": "cpu",
+                "strength": 0.5, "guidance": 3.5, "flow_shift": 3.0, "cache_interval": 5, "fps": 16, "device": "cpu",
                 "dtype": "float32", "base_video": None}
     assert expected.items() <= record["settings"].items()
     assert record["versions"]["torch"] == torch.__version__

@@ -37,7 +37,7 @@ TEXT = {
     "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-TEXT_LENGTH = 32  # tokens: no caption is longer, and zeros up to Wan's 512 would only cost time here
+TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
 # Multiples of the native size, and their share of the transformer's batches: Wan was trained at several sizes too, and a
 # full attention that never saw a larger grid repeats the scene in it.
 SCALES = {1: 0.75, 1.5: 0.125, 2: 0.125}
