@@ -1,10 +1,11 @@
-"""The bundled model: whole, in the layout that others read too, and it learned its colours."""
+"""The aquarium and the model that learned it: scenes, captions, the detector that counts fish, the weights."""
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from oracle import relative
 from safetensors.torch import load_file
@@ -12,8 +13,9 @@ from transformers import UMT5EncoderModel
 
 from freeswim import generate
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
+from sample import PRESETS
 from tiny import world
-from tiny.train import TEXT_LENGTH
+from tiny.ablate import at_border, frechet, judge, patch_features, sharpness
 
 TINY = Path(__file__).parent.parent / "tiny"
 PROMPTS = [f"a large {colour} plain fish swims right above a sandy floor" for colour in world.COLOURS]
@@ -32,7 +34,73 @@ def vae():
 @pytest.fixture(scope="module")
 def text():
     encoder = TextEncoder.from_pretrained(TINY / "text_encoder")
-    return encode_prompt(encoder, load_tokenizer(TINY / "tokenizer", TEXT_LENGTH), [*PROMPTS, ""])
+    return encode_prompt(encoder, load_tokenizer(TINY / "tokenizer", PRESETS[240].text_length), [*PROMPTS, ""])
+
+
+def test_a_scene_is_the_same_at_every_size():
+    scenes = world.sample_scenes(3, torch.Generator().manual_seed(0))
+    again = world.sample_scenes(3, torch.Generator().manual_seed(0))
+    small, large = world.render(scenes, 64, 96, 5), world.render(again, 192, 288, 5)
+    assert torch.equal(small, world.render(again, 64, 96, 5))
+    error = F.avg_pool3d(large, (1, 3, 3)) - small
+    assert error.square().mean() < 2e-3 and 0.1 < small.std()
+    window = torch.full((3,), 0.5), torch.full((3,), 0.25), torch.full((3,), 1 / 192)  # a part, as it is in the whole
+    part = world.render(scenes, 48, 64, 5, window)
+    assert (part - large[..., 48:96, 96:160]).abs().max() < 1e-3
+
+
+def test_captions_say_what_is_there():
+    scenes = world.sample_scenes(50, torch.Generator().manual_seed(0))
+    for row, caption in enumerate(world.captions(scenes)):
+        fish = caption.split(" above ")[0].split(" and ")
+        assert len(fish) == scenes["fish"][row]
+        for one, words in enumerate(fish):
+            _, size, colour, pattern, _, _, side = words.split()
+            assert (size == "large") == (scenes["length"][row, one] > 0.5)
+            assert list(world.COLOURS).index(colour) == scenes["colour"][row, one]
+            assert world.PATTERNS.index(pattern) == scenes["pattern"][row, one]
+            assert (side == "right") == (scenes["direction"][row, one] > 0)
+        for thing in ("seaweed", "bubbles"):
+            assert (thing in caption) == bool(scenes[thing][row])
+
+
+def test_the_detector_is_right_on_true_clips():
+    scenes = world.sample_scenes(40, torch.Generator().manual_seed(5 * 10**6))
+    video = world.render(scenes, 128, 192)
+    verdicts = [judge(clip, scenes, row) for row, clip in enumerate(video)]
+    share = {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in verdicts[0]}
+    assert share["fish too many"] == 0
+    assert min(share["count"], share["colours"], share["direction"]) >= 0.975 and share["pattern"] >= 0.9, share
+
+
+def test_the_detector_sees_what_is_wrong():
+    scenes = world.sample_scenes(40, torch.Generator().manual_seed(5 * 10**6))
+    row = int((scenes["fish"] == 1).nonzero()[0])
+    scenes = {key: value[row : row + 1] for key, value in scenes.items()}
+    video = world.render(scenes, 256, 384)
+    assert judge(video[0], scenes, 0) == {
+        "fish too many": 0, "count": 1, "colours": 1, "direction": 1, "pattern": 1}
+    twice = torch.cat([video, video], dim=-1)  # the fish in each half, as a naive window would draw it
+    verdict = judge(twice[0], scenes, 0)
+    assert verdict["fish too many"] == 1 and verdict["count"] == verdict["colours"] == 0
+    wrong = {**scenes, "colour": (scenes["colour"] + 1) % 5}
+    assert judge(video[0], wrong, 0)["colours"] == 0
+    backwards = judge(video.flip(2)[0], scenes, 0)
+    assert backwards["direction"] == 0 and backwards["count"] == 1
+    for other in {0, 1, 2} - {scenes["pattern"][0, 0].item()}:
+        assert judge(video[0], {**scenes, "pattern": torch.full_like(scenes["pattern"], other)}, 0)["pattern"] == 0
+
+
+def test_distances_of_detail():
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5000, 4, generator=draw)
+    assert frechet(a, b) < 0.01
+    assert abs(frechet(a, b + 3) - 36) < 1  # the squared distance of the means,
+    assert abs(frechet(a, 2 * b) - 4) < 0.3  # and of the standard deviations
+    frames = torch.rand(1, 3, 128, 192, generator=draw)
+    assert sharpness(frames) > 3 * sharpness(F.avg_pool2d(frames, 3, 1, 1))
+    border, inside = at_border(patch_features(frames))
+    assert len(inside) == 3 * 7 and len(border) == 7 * 11 - 3 * 7
 
 
 def test_it_is_small():
@@ -56,7 +124,7 @@ def test_diffusers_and_transformers_read_it_as_we_do(transformer, vae, text):
     assert relative(vae.decode(latents), expected) <= 1e-5
 
     theirs = UMT5EncoderModel.from_pretrained(TINY / "text_encoder")
-    tokens = load_tokenizer(TINY / "tokenizer", TEXT_LENGTH).encode(PROMPTS[0])
+    tokens = load_tokenizer(TINY / "tokenizer", PRESETS[240].text_length).encode(PROMPTS[0])
     count = sum(tokens.attention_mask)
     expected = theirs(torch.tensor([tokens.ids[:count]])).last_hidden_state
     assert relative(text[:1, :count], expected) <= 1e-5

@@ -1,0 +1,355 @@
+"""The paper's claims, counted on the aquarium: `python -m tiny.ablate --output FOLDER`.
+
+Scenes that nobody chose a setting on give prompts; the bundled model makes a base clip of each and refines it in every
+way of METHODS; a detector counts the fish that are there against those that were asked for, and the detail is held
+against true clips, which the renderer can draw at any size. Writes table.md, sheet-SCALEx.png and table.json.
+"""
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from freeswim import generate, refine, upsample
+from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
+from sample import PRESETS, to_frames
+from tiny import world
+
+HERE = Path(__file__).parent
+NATIVE = PRESETS[240]
+METHODS = {
+    "full attention": {"window": "full", "override": False},
+    "clipped window": {"window": "clipped", "override": False},
+    "inward window": {"override": False},
+    "inward + override": {},
+    "cached, k = 2": {"cache_interval": 2},
+    "cached, k = 5": {"cache_interval": 5},
+}
+SEEDS = {"test": 2_000_000, "choice": 3_000_000, "true": 4_000_000}  # of scenes: settings are chosen on "choice"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The detector. It looks at frames of the native size; larger ones are averaged down to it.
+
+
+def hue_and_saturation(rgb):
+    """Hue in radians and saturation in [0, 1], (N, H, W) each, of (N, 3, H, W) in [0, 1]."""
+    red, green, blue = rgb.unbind(1)
+    hue = torch.atan2(math.sqrt(3) / 2 * (green - blue), red - (green + blue) / 2)
+    return hue, (rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp(min=1e-3)
+
+
+def blobs(mask):
+    """The connected parts of masks (N, H, W): numbers from 1 on at each pixel, 0 outside, the same within a part."""
+    mask = mask[:, None].float()
+    labels = (torch.arange(mask.numel(), device=mask.device) + 1.0).view_as(mask) * mask
+    while True:
+        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
+        if torch.equal(spread, labels):
+            return labels[:, 0].long()
+        labels = spread
+
+
+def find_fish(frames):
+    """The fish in every frame of (N, 3, H, W) in [0, 1]: per frame a list of dicts of colour, x, mask (H, W)."""
+    frames = F.interpolate(frames, (NATIVE.height, NATIVE.width), mode="area")
+    hue, saturation = hue_and_saturation(frames)
+    palette, _ = hue_and_saturation(torch.tensor(list(world.COLOURS.values()), device=frames.device).view(-1, 3, 1, 1))
+    distance = (hue[:, None] - palette.view(1, -1, 1, 1) + math.pi).remainder(2 * math.pi) - math.pi
+    distance, colour = distance.abs().min(dim=1)
+    sandy = (hue > math.radians(24)) & (hue < math.radians(60))
+    coloured = (distance < math.radians(24)) & (saturation > torch.where(sandy, 0.58, 0.36)) & (frames.amax(1) > 0.22)
+
+    def grow(mask, size):
+        return F.max_pool2d(mask, size, stride=1, padding=size // 2)
+
+    mask = -grow(-grow(coloured[:, None].float(), 9), 9)  # white stripes, spots and eyes are closed,
+    mask = grow(-grow(-mask, 3), 3)[:, 0] > 0.5  # specks removed
+    labels, found = blobs(mask), []
+    for n in range(len(frames)):
+        fish = []
+        for label in labels[n].unique().tolist():
+            part = labels[n] == label
+            if label == 0 or part.sum() < 60:  # a small fish has about 400 pixels
+                continue
+            share = torch.bincount(colour[n][part & coloured[n]], minlength=len(world.COLOURS)).float()
+            share = share / share.sum().clamp(min=1)
+            for index in (share > 0.12).nonzero().flatten().tolist():  # two fish that touch are two
+                own = part & coloured[n] & (colour[n] == index)
+                x = own.nonzero()[:, 1].float().mean().item()
+                fish.append({"colour": list(world.COLOURS)[index], "x": x, "mask": part})
+        found.append(fish)
+    return found
+
+
+def pattern_of(frame, mask):
+    """`plain`, `striped` or `spotted`: how much the whiteness changes inside a fish, and along which axis."""
+    white = frame.amin(0)
+    inside = -F.max_pool2d(-mask[None].float(), 5, stride=1, padding=2)[0, 1:, 1:] > 0.5
+    across = (white[1:, 1:] - white[1:, :-1]).abs()[inside].mean().item()
+    along = (white[1:, 1:] - white[:-1, 1:]).abs()[inside].mean().item()
+    if (across + along) * mask.sum().item() ** 0.5 < 4.2:
+        return "plain"
+    return "striped" if along < 0.85 * across else "spotted"
+
+
+def judge(video, scenes, row):
+    """What a clip (3, F, H, W) in [-1, 1] shows of what row `row` of the scenes asks for."""
+    frames = F.interpolate((video.transpose(0, 1) + 1) / 2, (NATIVE.height, NATIVE.width), mode="area")  # (F, 3, H, W)
+    wanted = [{"colour": list(world.COLOURS)[scenes["colour"][row, n]],
+               "direction": scenes["direction"][row, n].item(),
+               "pattern": world.PATTERNS[scenes["pattern"][row, n]]} for n in range(scenes["fish"][row])]
+    start, *middle, end = find_fish(frames[[2, 5, 8, 11, 14]])
+    counts = sorted(len(fish) for fish in middle)
+    colours = sorted(fish["colour"] for fish in wanted)
+    result = {"fish too many": counts[1] - len(wanted), "count": float(counts[1] == len(wanted)),
+              "colours": float(sum(sorted(fish["colour"] for fish in found) == colours for found in middle) >= 2)}
+    direction, pattern = [], []
+    for fish in wanted:
+        before, after = ([f["x"] for f in found if f["colour"] == fish["colour"]] for found in (start, end))
+        direction.append(bool(before and after) and (after[0] - before[0]) * fish["direction"] > 0)
+        seen = [pattern_of(frames[at], f["mask"]) for at, found in zip((5, 8, 11), middle) for f in found
+                if f["colour"] == fish["colour"]]
+        pattern.append(bool(seen) and max(set(seen), key=seen.count) == fish["pattern"])
+    return result | {"direction": float(all(direction)), "pattern": float(all(pattern))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detail, against true clips
+
+
+def sharpness(frames):
+    """Mean absolute Laplacian of the luma of frames (N, 3, H, W) in [0, 1], one number each."""
+    luma = (frames * frames.new_tensor([0.299, 0.587, 0.114]).view(-1, 1, 1)).sum(1, keepdim=True)
+    kernel = frames.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    return F.conv2d(luma, kernel).abs().mean((1, 2, 3))
+
+
+def patch_features(frames, channels=48):
+    """What patches of 32 pixels, every 16, look like to a random convolutional network: (N, rows, columns, D)."""
+    draw = torch.Generator().manual_seed(0)
+    x, maps = 4 * frames - 2, []
+    for wide, size in ((3, 5), (channels, 3), (channels, 3)):
+        weight = torch.randn(channels, wide, size, size, generator=draw) * math.sqrt(2 / (wide * size**2))
+        x = F.relu(F.conv2d(x, weight.to(x), stride=2, padding=size // 2))
+        reach = 32 * x.shape[-1] // frames.shape[-1]
+        maps.append(F.avg_pool2d(x, reach, reach // 2))
+    return torch.cat(maps, dim=1).permute(0, 2, 3, 1)
+
+
+def at_border(features, patches=2):
+    """Patch features (N, rows, columns, D) as two lists of patches: those near the border, and those inside."""
+    border = torch.ones(features.shape[1:3], dtype=torch.bool, device=features.device)
+    border[patches:-patches, patches:-patches] = False
+    return features[:, border].flatten(0, 1), features[:, ~border].flatten(0, 1)
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of vectors, taken as normally distributed."""
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(a.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measurement
+
+
+def rows_of(scenes, start, end):
+    return {key: value[start:end] for key, value in scenes.items()}
+
+
+def measure(video, scenes, base=None):
+    """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches."""
+    frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
+    results, features = [], []
+    for row, clip in enumerate(video):
+        result = judge(clip, scenes, row) | {"sharpness": sharpness(frames[row]).mean().item()}
+        if base is not None:
+            small = [F.interpolate(v.transpose(0, 1), (NATIVE.height // 2, NATIVE.width // 2), mode="area")
+                     for v in (clip, base[row])]
+            result["layout"] = -10 * math.log10((small[0] - small[1]).square().mean().item() / 4)
+        results.append(result)
+        features.append(patch_features(frames[row]))
+    return results, torch.stack(features)
+
+
+def table(results, truth, order):
+    """Markdown: a line per method; results is {method: (list of dicts, features (clips, 3, rows, columns, D))}."""
+    lines = ["| | fish too many | count right | colours right | layout, dB | sharpness | patches inside | at the border "
+             "| s per clip |", "|---|---|---|---|---|---|---|---|---|"]
+
+    def spread(values, form):
+        values = np.array(values, dtype=float)
+        return f"{form.format(values.mean())} ± {form.format(1.96 * values.std() / math.sqrt(len(values)))}"
+
+    for method in order:
+        numbers, features = results[method]
+        column = {name: [result[name] for result in numbers if name in result] for name in (
+            "fish too many", "count", "colours", "layout", "sharpness", "seconds")}
+        fifths = [at_border(part.flatten(0, 1)) for part in features.chunk(5)]
+        cells = [spread(column["fish too many"], "{:.2f}"), spread(column["count"], "{:.0%}"),
+                 spread(column["colours"], "{:.0%}"),
+                 spread(column["layout"], "{:.1f}") if column["layout"] else "",
+                 spread(np.array(column["sharpness"]) / truth["sharpness"], "{:.2f}"),
+                 spread([frechet(inside, truth["inside"]) for _, inside in fifths], "{:.3f}"),
+                 spread([frechet(border, truth["border"]) for border, _ in fifths], "{:.3f}"),
+                 f"{np.mean(column['seconds']):.2f}" if column["seconds"] else ""]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sheet(pictures, file):
+    """Rows of {method: frame (H, W, 3)}: the frames, and below each its third with the strongest edges, enlarged."""
+    lines = []
+    for row in pictures:
+        height, width, _ = row["bilinear upscale"].shape
+        luma = torch.from_numpy(row["bilinear upscale"]).float().mean(-1)
+        edges = (luma[1:, 1:] - luma[:-1, 1:]).abs() + (luma[1:, 1:] - luma[1:, :-1]).abs()
+        energy = F.avg_pool2d(edges[None], (height // 3, width // 3), stride=8)[0]
+        y, x = (8 * int(i) for i in divmod(int(energy.argmax()), energy.shape[1]))
+        cells = []
+        for method, frame in row.items():
+            whole = Image.fromarray(frame)
+            font = ImageFont.load_default(height // 14)
+            ImageDraw.Draw(whole).text((8, 4), method, "white", font, stroke_width=2, stroke_fill="black")
+            part = Image.fromarray(frame[y : y + height // 3, x : x + width // 3]).resize((width, height))
+            cells.append(np.concatenate([np.asarray(whole), np.asarray(part)]))
+        lines.append(np.concatenate(cells, axis=1))
+    Image.fromarray(np.concatenate(lines)).save(file)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="FOLDER")
+    add("--scenes", choices=("test", "choice"), default="test", help="choose settings on the second")
+    add("--prompts", type=int, default=200)
+    add("--seeds", type=int, default=2, help="of the noise")
+    add("--batch", type=int, default=25, help="clips at once")
+    add("--scales", type=int, nargs="*", default=[2, 3])
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add("--steps", type=int, default=50)
+    add("--strength", type=float, nargs="+", default=[NATIVE.strength], help="several: every combination is measured")
+    add("--flow-shift", type=float, nargs="+", default=[NATIVE.flow_shift])
+    add("--guidance", type=float, nargs="+", default=[NATIVE.guidance])
+    add("--model", type=Path, default=HERE, metavar="FOLDER")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main():
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    device, dtype = torch.device(args.device), torch.bfloat16 if args.device != "cpu" else torch.float32
+    encoder = TextEncoder.from_pretrained(args.model / "text_encoder", device)
+    tokenizer = load_tokenizer(args.model / "tokenizer", NATIVE.text_length)
+    transformer = WanTransformer.from_pretrained(args.model / "transformer", device, dtype)
+    vae = WanVAE.from_pretrained(args.model / "vae", device)
+    scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS[args.scenes]), NATIVE.frames)
+    others = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS["true"]), NATIVE.frames)
+    batches = [(start, min(start + args.batch, args.prompts)) for start in range(0, args.prompts, args.batch)]
+    lines = []
+
+    def report(text):
+        print(text, flush=True)
+        lines.append(text)
+        (args.output / "table.md").write_text("\n".join(lines) + "\n")
+
+    def render(which, scale):
+        which = {key: value.to(device) for key, value in which.items()}
+        return world.render(which, NATIVE.height * scale, NATIVE.width * scale, NATIVE.frames)
+
+    def through_vae(video, tiled=False):
+        return torch.cat([vae.decode(vae.encode(clip, tiled), tiled) for clip in video.split(4)])
+
+    # The base clips, what the detector says of them, and what it says of true clips.
+    bases, judged = {}, {"true clips": [], "true clips through the VAE": [], "base clips": []}
+    for start, end in tqdm(batches, "base"):
+        part = rows_of(scenes, start, end)
+        true = render(part, 1)
+        judged["true clips"] += measure(true, part)[0]
+        judged["true clips through the VAE"] += measure(through_vae(true), part)[0]
+        prompts = world.captions(part)
+        text, negative = encode_prompt(encoder, tokenizer, [*prompts, ""]).split([len(prompts), 1])
+        negative = negative.expand_as(text)
+        shape = len(prompts), 16, NATIVE.frames // 4 + 1, NATIVE.height // 8, NATIVE.width // 8
+        for seed in range(args.seeds):
+            latents = generate(transformer, text, negative, shape, steps=args.steps, flow_shift=NATIVE.base_shift,
+                               guidance=NATIVE.guidance, generator=torch.Generator().manual_seed(1000 * seed + start))
+            base = torch.cat([vae.decode(clip) for clip in latents.split(4)])
+            judged["base clips"] += measure(base, part)[0]
+            bases[start, seed] = base.cpu(), text, negative
+    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n")
+    report("| | count right | colours right | direction right | pattern right |\n|---|---|---|---|---|")
+    for name, results in judged.items():
+        cells = []
+        for column in ("count", "colours", "direction", "pattern"):
+            share = np.mean([result[column] for result in results])
+            cells.append(f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(results)):.1%}")
+        report(f"| {name} | " + " | ".join(cells) + " |")
+
+    for scale in args.scales:
+        height, width = NATIVE.height * scale, NATIVE.width * scale
+        truth, ceiling = [], []
+        for start, end in batches:
+            part = rows_of(others, start, end)
+            video = render(part, scale)
+            truth.append(measure(video, part))
+            ceiling.append(measure(through_vae(video), part))
+        features = torch.cat([features for _, features in truth])
+        border, inside = at_border(features.flatten(0, 1))
+        sharp = np.mean([result["sharpness"] for results, _ in truth for result in results])
+        reference = {"sharpness": sharp, "border": border, "inside": inside}
+
+        for strength, shift, guidance in itertools.product(args.strength, args.flow_shift, args.guidance):
+            results = {name: [] for name in ("bilinear upscale", *args.methods)}
+            pictures = []
+            for (start, seed), (base, text, negative) in tqdm(bases.items(), f"{scale}x"):
+                part = rows_of(scenes, start, start + len(base))
+                base = base.to(device)
+                upscaled = upsample(base, height, width)
+                clean = torch.cat([vae.encode(clip) for clip in upscaled.split(4)])
+                videos = {"bilinear upscale": upscaled}
+                results["bilinear upscale"].append(measure(upscaled, part, base))
+                for method in args.methods:
+                    began = time.time()
+                    latents = refine(
+                        transformer, clean, text, negative, native=(NATIVE.height // 16, NATIVE.width // 16),
+                        steps=args.steps, strength=strength, flow_shift=shift, guidance=guidance,
+                        generator=torch.Generator().manual_seed(1000 * seed + start + 500), **METHODS[method],
+                    )
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds = (time.time() - began) / len(base)
+                    video = torch.cat([vae.decode(clip, tiled=False) for clip in latents.split(4)])
+                    numbers, features = measure(video, part, base)
+                    results[method].append(([number | {"seconds": seconds} for number in numbers], features))
+                    videos[method] = video
+                if not pictures:
+                    videos["true clip"] = render(rows_of(scenes, 0, 6), scale)
+                    pictures = [{name: to_frames(video[row : row + 1])[8] for name, video in videos.items()}
+                                for row in range(min(6, len(base)))]
+            results["true clips through the VAE"] = ceiling
+            joined = {name: (sum((numbers for numbers, _ in parts), []), torch.cat([f for _, f in parts]))
+                      for name, parts in results.items()}
+            report(f"\nAt {scale} times the native size, strength {strength}, flow shift {shift}, guidance {guidance}, "
+                   f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n")
+            report(table(joined, reference, results))
+            name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
+            sheet(pictures, args.output / f"{name}.png")
+            (args.output / f"{name}.json").write_text(json.dumps({key: value[0] for key, value in joined.items()}))
+
+
+if __name__ == "__main__":
+    main()
