@@ -182,11 +182,12 @@ vae.encode(torch.rand(1, 3, 4 * int(sys.argv[2]) - 3, 128, 128))
 
 @pytest.mark.parametrize("script", [DECODE, ENCODE], ids=["decode", "encode"])
 def test_memory_does_not_grow_with_the_clip(tmp_path, script):
-    """32 frames more cost the 6.3 MB that they take themselves and nothing else. 1 MB is allowed, for the latents and
-    for noise; a second copy of the clip would cost 6.3 and keeping the features of the widest layer 17. Nine frames
-    are the shortest clip in which every layer has a past to remember."""
+    """72 frames more cost the 14.2 MB that they take themselves and nothing else. 2 MB are allowed, for the latents and
+    for the pages that each run of the process rounds up otherwise (1 MB was seen); a second copy of the clip would cost
+    14.2 and keeping the features of the widest layer 38. Nine frames are the shortest clip in which every layer has a
+    past to remember."""
     randomise(AutoencoderKLWan(base_dim=8, num_res_blocks=1)).save_pretrained(tmp_path)
-    clip = {latents: 3 * (4 * latents - 3) * 128 * 128 * 4 for latents in (3, 11)}  # bytes of 9 and of 41 frames
+    clip = {latents: 3 * (4 * latents - 3) * 128 * 128 * 4 for latents in (3, 21)}  # bytes of 9 and of 81 frames
     short, long = (peak_memory(script, tmp_path, latents) - size for latents, size in clip.items())
-    print(f"peak beyond the clip: {short / 1e6:.1f} MB for 9 frames, {long / 1e6:.1f} MB for 41")
-    assert long - short <= 1e6
+    print(f"peak beyond the clip: {short / 1e6:.1f} MB for 9 frames, {long / 1e6:.1f} MB for 81")
+    assert long - short <= 2e6
