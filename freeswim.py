@@ -184,6 +184,17 @@ class FlowUniPC:
         """Clean latents at the first kept noise level."""
         return (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
 
+    def state(self, latents):
+        """What `resume` needs to go on from these latents: a dict of tensors."""
+        history = {"start": self.start, **{f"clean.{age}": clean for age, clean in enumerate(self.clean)}}
+        return {"step": torch.tensor(self.index), "latents": latents} | (history if self.index > 0 else {})
+
+    def resume(self, state):
+        """Go on from a `state`; returns its latents."""
+        self.index, self.start = int(state["step"]), state.get("start")
+        self.clean = [state[f"clean.{age}"] for age in range(2) if f"clean.{age}" in state]
+        return state["latents"]
+
     def step(self, velocity, latents):
         """From the latents at one noise level, and the model's velocity there, to those at the next; float32."""
         clean = latents - self.sigmas[self.index] * velocity
@@ -255,7 +266,8 @@ def upsample(video, height, width):
 
 @torch.no_grad()
 def refine(transformer, latents, text, negative, *, native, steps=50, strength=0.7, flow_shift=9.0, guidance=5.0,
-           cache_interval=None, scale_tokens=None, generator=None, window="inward", override=True, on_step=None):
+           cache_interval=None, scale_tokens=None, generator=None, window="inward", override=True, on_step=None,
+           state=None, save=None):
     """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip, encoded and clean.
 
     `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and `on_step` are as in
@@ -266,6 +278,9 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     k steps, for the prompt only, and its features serve until the next; the negative prompt's window path has its own
     cross-attention (paper, section 3.4). `window` may also be "clipped" or "full", and `override` off, to see what
     each ingredient does. Raises ValueError if no step remains, or for another `window`.
+
+    `save(state)` is called with a dict of tensors whenever the cache is about to be refreshed, or every five steps;
+    with that `state`, a later call goes on from there, and gives the same latents.
     """
     if window not in ("inward", "clipped", "full"):
         raise ValueError(f"window is {window!r}, but should be 'inward', 'clipped' or 'full'")
@@ -278,10 +293,15 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
         size = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
         windowed = prepare((frames, height // 2, width // 2), size, scale, window == "clipped", latents.device)
 
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    latents = solver.add_noise(latents, noise)
+    if state is None:
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        latents = solver.add_noise(latents, noise)
+    else:
+        latents = solver.resume(state)
     features = {} if override and cache_interval else None
-    for step, t in enumerate(solver.timesteps):
+    for step, t in list(enumerate(solver.timesteps))[solver.index :]:
+        if save is not None and step % (cache_interval or 5) == 0:
+            save(solver.state(latents))
         timestep = torch.full((batch,), t, device=latents.device)
         dual = full if override and step % (cache_interval or 1) == 0 else None
         velocity = predict(transformer, latents, timestep, text, windowed, dual, features)

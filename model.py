@@ -18,7 +18,7 @@ import ftfy
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -559,8 +559,16 @@ def clean_prompt(text):
 
 
 def load_tokenizer(folder, length=512):
-    """The tokenizer of a `tokenizer/` folder, set to cut and pad every text to `length` tokens."""
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    """The tokenizer of a `tokenizer/` folder, set to cut and pad every text to `length` tokens. Raises ValueError if
+    there is none."""
+    file = Path(folder) / "tokenizer.json"
+    read_json(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{file} is no tokenizer ({error})") from None
+    if tokenizer.token_to_id("<pad>") is None:
+        raise ValueError(f"{file} has no token <pad>")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>"), pad_token="<pad>")
     return tokenizer
@@ -626,7 +634,8 @@ def download(model):
     if Path(model).is_dir():
         return Path(model)
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer/tokenizer.json"]
-    wanted += [f"{part}/*.{kind}" for part in ("transformer", "vae", "text_encoder") for kind in ("json", "safetensors")]
+    parts, kinds = ("transformer", "vae", "text_encoder"), ("json", "safetensors")
+    wanted += [f"{part}/*.{kind}" for part in parts for kind in kinds]
     return Path(snapshot_download(model, revision=REVISIONS.get(model), allow_patterns=wanted))
 
 
@@ -640,47 +649,143 @@ def load_model(cls, folder, device, dtype, float32=()):
 def empty_model(cls, folder):
     """A `cls` without memory (on the meta device), and where its weights are: {our name: (checkpoint name, file)}.
 
-    Raises ValueError, naming tensor and file, unless the checkpoint has exactly the tensors of the model.
+    Raises ValueError, naming file and field or tensor, unless config.json describes a Wan2.1 that can be built and the
+    safetensors files have exactly the tensors of it. Nothing large is allocated or read.
     """
     folder = Path(folder)
+    config = read_json(folder / "config.json")
+    for field, (description, fits) in CONFIGS[cls.__name__].items():
+        if not fits(config.get(field)):
+            raise ValueError(f"{folder / 'config.json'}: {field} is {config.get(field)!r:.99}, but must be "
+                             f"{description}")
     with torch.device("meta"):
-        model = cls(json.loads((folder / "config.json").read_text())).eval().requires_grad_(False)
+        model = cls(config).eval().requires_grad_(False)
+
     index = next(folder.glob("*.safetensors.index.json"), None)
     if index:  # shards
-        place = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        files = sorted(set(place.values()))
+        place = read_json(index).get("weight_map")
+        if not isinstance(place, dict) or not all(isinstance(file, str) for file in place.values()):
+            raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
+        for name, file in place.items():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{index}: {name} is said to be in {file!r:.99}, no safetensors file beside it")
+        files = [folder / file for file in sorted(set(place.values()))]
     else:
-        place, files = {}, [next(folder.glob("*.safetensors"), folder / "*.safetensors")]
+        place, files = None, sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            other = next((file for kind in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{kind}")), None)
+            found = f"{len(files)} without an index" if files else f"only {other.name}" if other else "none"
+            raise ValueError(f"{folder}: one .safetensors file is needed (nothing else is read), but there is {found}")
     shapes, found = {}, {}
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing")
-        with safe_open(file, "pt") as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():
-                shapes[name], found[name] = tuple(tensors.get_slice(name).get_shape()), file
+                entry = tensors.get_slice(name)
+                if entry.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: tensor {name} holds {entry.get_dtype()}, not floating-point numbers")
+                if name in found or (place is not None and place.get(name) != file.name):
+                    raise ValueError(f"{file}: tensor {name} should be in {place.get(name, 'no file')} by {index.name}")
+                shapes[name], found[name] = tuple(entry.get_shape()), file
     sources = {}
     for ours, tensor in model.state_dict().items():
         name = checkpoint_name(ours)
         if name not in found:
-            raise ValueError(f"{place.get(name, index or files[0])}: tensor {name} is missing")
+            where = folder / place[name] if place and name in place else index or files[0]
+            raise ValueError(f"{where}: tensor {name} is missing")
         if shapes[name] != tuple(tensor.shape):
             raise ValueError(f"{found[name]}: tensor {name} is {shapes[name]}, but should be {tuple(tensor.shape)}")
         sources[ours] = name, found.pop(name)
     for name, file in found.items():
         raise ValueError(f"{file}: tensor {name} is not part of {cls.__name__}")
+    for name in set(place or ()) - set(shapes):
+        raise ValueError(f"{index}: tensor {name} is in none of the files")
     return model, sources
 
 
 def read_weights(model, sources, device, dtype, prefix="", float32=()):
     """Read the tensors of `model` whose names begin with `prefix`, one by one, each straight to its device and dtype
-    (None: as in the file). On the CPU, a tensor that needs no cast is not read but mapped."""
+    (None: as in the file). On the CPU, a tensor that needs no cast is not read but mapped. Raises ValueError for a
+    tensor with a number that is not finite."""
     state = {}
     wanted = {name: source for name, source in sources.items() if name.startswith(prefix)}
     for file in {file for _, file in wanted.values()}:
-        with safe_open(file, "pt") as tensors:
+        with opened(file) as tensors:
             for ours, (name, place) in wanted.items():
                 if place == file:
                     tensor, keep = tensors.get_tensor(name), any(part in ours for part in float32)
                     # What is kept is copied: else it would keep the file mapped, and all that was read of it.
                     state[ours] = tensor.to(device, torch.float32 if keep else dtype, copy=keep)
+                    if dtype is not None and not torch.stack(state[ours].aminmax()).isfinite().all():
+                        raise ValueError(f"{file}: tensor {name} holds numbers that are not finite")
     model.load_state_dict(state, strict=False, assign=True)
+
+
+@contextmanager
+def opened(file):
+    """The tensors of a safetensors file. Raises ValueError if it is not one, or not a whole one."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        state = f"is no whole safetensors file ({error})" if Path(file).is_file() else "is missing"
+        raise ValueError(f"{file} {state}; fetch it again") from None
+
+
+def read_json(file):
+    """The object in a JSON file. Raises ValueError if there is none."""
+    try:
+        content = json.loads(Path(file).read_text())
+    except OSError:
+        raise ValueError(f"{file} is missing or cannot be read") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {content!r:.40}, not an object")
+    return content
+
+
+def number(low, high):
+    return f"a number between {low} and {high}", lambda x: type(x) in (int, float) and low < x < high
+
+
+def each(count, rule):
+    return f"{count} times {rule[0]}", lambda x: type(x) is list and len(x) == count and all(map(rule[1], x))
+
+
+def or_none(rule):
+    return f"absent or {rule[0]}", lambda x: x is None or rule[1](x)
+
+
+def whole(low, high, step=1):
+    multiple = f", in steps of {step}" if step > 1 else ""
+    return (f"a whole number from {low} to {high}{multiple}",
+            lambda x: type(x) is int and low <= x <= high and (x - low) % step == 0)
+
+
+def one_of(*choices):
+    return " or ".join(map(repr, choices)), lambda x: any(type(x) is type(choice) and x == choice for choice in choices)
+
+
+CONFIGS = {  # what each field of a config.json must be; an absent field is None
+    "WanTransformer": {
+        "_class_name": one_of("WanTransformer3DModel"), "image_dim": one_of(None), "added_kv_proj_dim": one_of(None),
+        "in_channels": one_of(16), "out_channels": one_of(16), "patch_size": one_of([1, 2, 2]),
+        "qk_norm": one_of("rms_norm_across_heads"), "cross_attn_norm": one_of(True), "eps": number(0, 0.01),
+        "num_attention_heads": whole(1, 256), "attention_head_dim": whole(6, 1024, step=2),
+        "num_layers": whole(1, 256), "ffn_dim": whole(1, 2**18), "text_dim": whole(1, 2**16),
+        "freq_dim": whole(2, 2**16, step=2),
+    },
+    "WanVAE": {
+        "_class_name": one_of("AutoencoderKLWan"), "is_residual": one_of(None, False), "patch_size": one_of(None),
+        "z_dim": one_of(16), "base_dim": whole(1, 1024), "decoder_base_dim": or_none(whole(1, 1024)),
+        "dim_mult": each(4, whole(1, 64)), "num_res_blocks": whole(1, 16),
+        "temperal_downsample": one_of([False, True, True]), "attn_scales": one_of([]),
+        "latents_mean": each(16, number(-1000, 1000)), "latents_std": each(16, number(0, 1000)),
+    },
+    "TextEncoder": {
+        "model_type": one_of("umt5"), "feed_forward_proj": one_of("gated-gelu"), "vocab_size": whole(1, 2**22),
+        "d_model": whole(1, 2**16), "d_kv": whole(1, 2**12), "d_ff": whole(1, 2**18), "num_layers": whole(1, 256),
+        "num_heads": whole(1, 256), "relative_attention_num_buckets": whole(4, 4096, step=2),
+        "relative_attention_max_distance": whole(4, 2**20), "layer_norm_epsilon": number(0, 0.01),
+    },
+}

@@ -2,11 +2,16 @@
 
     python sample.py                                                          the bundled tiny model, on any CPU
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "…" --size 1920x1088              on a GPU
+    python sample.py --resume output                                       go on with a run that was stopped
+
+Whatever a run has computed is in the folder `state` of its output, so that nothing is computed twice.
 """
 import argparse
 import hashlib
 import json
+import os
 import platform
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -18,6 +23,7 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import freeswim
@@ -67,50 +73,90 @@ def fail(message):
     raise SystemExit(2)
 
 
+RESULTS = ("base.mp4", "freeswim.mp4", "comparison.png", "run.json")
+DEFAULTS = {  # None: the model's preset decides
+    "model": str(Path(__file__).parent / "tiny"), "prompt": None, "negative_prompt": None, "size": None, "scale": 2.0,
+    "frames": None, "steps": 50, "strength": None, "guidance": None, "flow_shift": None, "cache_interval": 5, "seed": 0,
+    "fps": None, "base_video": None, "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": None,
+    "output": "output", "overwrite": False, "compare": False,
+}
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """What was typed, over the defaults, or over the settings of the run to resume."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
     parser.error = fail
     add = parser.add_argument
-    add("--model", default=str(Path(__file__).parent / "tiny"), metavar="FOLDER_OR_HUB_ID", help="Diffusers layout")
+    add("--model", metavar="FOLDER_OR_HUB_ID", help="Diffusers layout (default: the bundled one)")
     add("--prompt", help="what to show")
     add("--negative-prompt", help="what not to show")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the refined video, in pixels, multiples of 16")
-    size.add_argument("--scale", type=float, default=2.0, help="of the refined video over the native one (default 2)")
+    size.add_argument("--scale", type=float, help="of the refined video over the native one (default 2)")
     add("--frames", type=int, help="4k + 1")
-    add("--steps", type=int, default=50, help="of the whole noise schedule (default 50)")
+    add("--steps", type=int, help="of the whole noise schedule (default 50)")
     add("--strength", type=float, help="share of the steps that the refinement runs")
     add("--guidance", type=float, help="scale of the classifier-free guidance")
     add("--flow-shift", type=float, help="of the refinement's noise schedule")
     cache = parser.add_mutually_exclusive_group()
-    cache.add_argument("--cache-interval", type=int, default=5, metavar="K",
-                       help="run the full path every K steps (default 5)")
+    cache.add_argument("--cache-interval", type=int, metavar="K", help="run the full path every K steps (default 5)")
     cache.add_argument("--no-cache", dest="cache_interval", action="store_const", const=None,
                        help="run it at every step, and for the negative prompt too")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="of the noise (default 0)")
     add("--fps", type=int, help="frames per second of the videos")
     add("--base-video", metavar="FILE", help="refine this clip instead of generating one")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the transformer and the text encoder")
-    add("--output", default="output", metavar="FOLDER")
+    add("--output", metavar="FOLDER", help="where everything is written (default: output)")
+    add("--overwrite", action="store_true", help="even if the output folder holds another run")
+    add("--resume", metavar="FOLDER", help="go on with the run in this output folder, with its settings")
     add("--compare", action="store_true", help="also full attention and windows without override, in one picture")
-    return parser.parse_args()
+    typed = vars(parser.parse_args())
+    if "resume" not in typed:
+        return argparse.Namespace(**{**DEFAULTS, **typed}, resume=None, stages={})
+    for name in typed.keys() - {"resume", "device", "compare"}:
+        fail(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; begin another run")
+    try:
+        begun = json.loads((Path(typed["resume"]) / "run.json").read_text())
+        return argparse.Namespace(**{**DEFAULTS, **begun["settings"], **typed, "output": typed["resume"]},
+                                  stages=dict(begun["stages"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--resume {typed['resume']}: no run is there (its run.json is missing or broken); begin one with --output")
 
 
 def settle(args):
     """Fill in what the model's preset decides and refuse what cannot work, before any long work. Returns the model's
     folder, its preset, and the refined height and width in pixels."""
+    output = Path(args.output)
+    if ((output / "run.json").exists() or (output / "state").exists()) and not (args.resume or args.overwrite):
+        fail(f"--output {output}: holds a run already; go on with it by --resume {output}, or say --overwrite")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         fail(f"--device {args.device}: choose cpu or cuda")
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
     if not Path(args.model).is_dir() and args.model.count("/") != 1:
         fail(f"--model {args.model}: no such folder, and not a hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    folder = model.download(args.model)
-    if not (folder / "transformer" / "config.json").is_file():
-        fail(f"--model {args.model}: no transformer/config.json in {folder}; a model in Diffusers layout is needed")
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if Path(args.model).is_dir():
+        args.model = str(Path(args.model).resolve())
+    if args.base_video:
+        args.base_video = str(Path(args.base_video).resolve())
+    try:
+        folder = model.download(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: no such model on the hub, or the hub cannot be reached ({type(error).__name__}); "
+             "check the id, or give a folder")
+    index = folder / "model_index.json"
+    index = model.read_json(index) if index.is_file() else {}
+    kind = index.get("_class_name", "WanPipeline")
+    if index.get("transformer_2", [None, None]) != [None, None]:
+        kind += " with two transformers (Wan2.2)"
+    if kind != "WanPipeline":
+        fail(f"--model {args.model}: is a {kind}; supported is the WanPipeline of Wan2.1 text-to-video, 1.3B or 14B")
+    transformer, _ = model.empty_model(model.WanTransformer, folder / "transformer")
+    model.empty_model(model.WanVAE, folder / "vae")
+    model.empty_model(model.TextEncoder, folder / "text_encoder")
+    width = transformer.heads * transformer.head_dim
     if width not in PRESETS:
         fail(f"--model {args.model}: a transformer {width} wide is not Wan2.1 text-to-video (1536: 1.3B, 5120: 14B)")
     preset = PRESETS[width]
@@ -123,6 +169,10 @@ def settle(args):
         fail("--prompt is empty: say what to show")
     if args.frames < 1 or args.frames % 4 != 1:
         fail(f"--frames {args.frames}: Wan takes 4k + 1 frames, such as {max(args.frames // 4 * 4, 0) + 1}")
+    if not 0 < args.steps <= 1000:
+        fail(f"--steps {args.steps}: must be from 1 to 1000")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
     if not 0 < args.strength <= 1 or int(args.steps * args.strength) < 1:
         fail(f"--strength {args.strength} of --steps {args.steps}: at least one step must run, and at most all")
     for name in ("cache_interval", "fps", "flow_shift", "guidance"):
@@ -135,29 +185,73 @@ def settle(args):
         except ValueError:
             fail(f"--size {args.size}: write it like {2 * preset.width}x{2 * preset.height}")
     else:
+        if not 0 < args.scale <= 100:
+            fail(f"--scale {args.scale}: must be above 0, and at most 100")
         width, height = (round(side * args.scale / 16) * 16 for side in (preset.width, preset.height))
     nearest = max(preset.width, round(width / 16) * 16), max(preset.height, round(height / 16) * 16)
     if (width, height) != nearest:
         fail(f"size {width}x{height}: Wan takes multiples of 16, here from {preset.width}x{preset.height} on; "
              f"the nearest is --size {nearest[0]}x{nearest[1]}")
     args.size = f"{width}x{height}"
+    # The state: latents of the refinement six times over (start, history, and one that is being written), the base
+    # clip; then the videos, at most 2 bytes per pixel.
+    latents = 16 * (args.frames // 4 + 1) * (height // 8) * (width // 8) * 4
+    pixels = args.frames * (preset.height * preset.width + height * width)
+    needed = 6 * latents * (4 if args.compare else 1) + 3 * pixels
+    there = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        fail(f"--output {output}: about {needed / 2**30:.1f} GiB will be written, but {free / 2**30:.1f} GiB are free; "
+             "choose another disk, or a smaller --size")
     return folder, preset, height, width
 
 
 @contextmanager
-def stage(name, device, record):
-    """Time a stage and note its seconds and peak memory in `record`: of the GPU's tensors, or of the process so far."""
+def stage(name, device, stages):
+    """Time a stage and note its seconds and peak memory in `stages`: of the GPU's tensors, or of the process so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.time()
-    yield
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(name)
+        raise
     peak = 0  # unknown
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
     elif resource:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    record[name] = {"seconds": round(time.time() - start, 2), "peak_memory_gib": round(peak / 2**30, 3) or None}
+    stages[name] = {"seconds": round(time.time() - start, 2), "peak_memory_gib": round(peak / 2**30, 3) or None}
+
+
+@contextmanager
+def whole(file):
+    """A place beside `file` to write to; what was written there then takes the name `file` at once, so that under it
+    there is only ever a whole file, even if the power fails."""
+    part = file.with_name("part-" + file.name)
+    yield part
+    with open(part, "rb+") as written:
+        os.fsync(written.fileno())
+    part.replace(file)
+
+
+def write_json(file, content):
+    with whole(file) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_tensors(file, tensors):
+    with whole(file) as part:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+
+
+def kept(file, compute, device):
+    """The tensors in `file`; if it is not there, they are computed, and written to it first."""
+    if not file.is_file():
+        write_tensors(file, compute())
+    return load_file(file, str(device))
 
 
 def unknown_words(tokenizer, prompt):
@@ -168,15 +262,31 @@ def unknown_words(tokenizer, prompt):
     return [prompt[start:end] for token, (start, end) in spans if token == "<unk>"]
 
 
+def cut_words(tokenizer, prompt):
+    """The end of a prompt that has more tokens than the model reads, or nothing."""
+    prompt = model.clean_prompt(prompt)
+    encoding = tokenizer.encode(prompt)
+    return prompt[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
+
+
 def read_video(file, frames):
-    """The first frames of a video file, (1, 3, F, H, W) in [-1, 1]."""
+    """The first frames of a video file, uint8 (F, H, W, 3)."""
     try:
         clip = np.stack([frame for frame, _ in zip(imageio.imiter(file), range(frames))])
     except (OSError, ValueError) as error:
         fail(f"--base-video {file}: cannot be read as a video ({str(error).splitlines()[0]})")
     if len(clip) < frames:
         fail(f"--base-video {file}: has {len(clip)} frames; use --frames {(len(clip) - 1) // 4 * 4 + 1}")
-    return torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    height, width = clip.shape[1:3]
+    if height % 2 or width % 2:
+        fail(f"--base-video {file}: is {width}x{height}, but videos have even sides; scale it to "
+             f"{width // 2 * 2}x{height // 2 * 2} first")
+    return torch.from_numpy(clip)
+
+
+def to_video(frames):
+    """uint8 (F, H, W, 3) to (1, 3, F, H, W) in [-1, 1]."""
+    return frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def to_frames(video):
@@ -185,10 +295,8 @@ def to_frames(video):
 
 
 def write_video(file, frames, fps):
-    """Write beside, then rename: under the final name there is never half a video."""
-    part = file.with_name("part-" + file.name)
-    imageio.imwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", quality=9, macro_block_size=1)
-    part.replace(file)
+    with whole(file) as part:
+        imageio.imwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", quality=9, macro_block_size=1)
 
 
 def comparison(clips):
@@ -213,66 +321,108 @@ def comparison(clips):
     return Image.fromarray(np.concatenate(strips))
 
 
-def main():
-    args = parse_arguments()
+def main(args):
     folder, preset, height, width = settle(args)
-    device, dtype, record = torch.device(args.device), getattr(torch, args.dtype), {}
-    base = read_video(args.base_video, args.frames) if args.base_video else None
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    output, state, stages = Path(args.output), Path(args.output) / "state", args.stages
+    clip = state / "clip.safetensors"  # --base-video as it was when the run began
+    if args.base_video and not (args.resume and clip.is_file()):
+        frames = read_video(args.base_video, args.frames)
+
+    tokenizer = model.load_tokenizer(folder / "tokenizer", preset.text_length)
+    unknown, cut = unknown_words(tokenizer, args.prompt), cut_words(tokenizer, args.prompt)
+    if unknown:
+        print(f"this model has never seen the words: {', '.join(unknown)}", file=sys.stderr)
+    if cut:
+        print(f"the prompt is too long, {preset.text_length} tokens are read; cut off is: {cut}", file=sys.stderr)
+    with stage("load", device, stages):
+        transformer = model.WanTransformer.from_pretrained(folder / "transformer", device, dtype)
+        vae = model.WanVAE.from_pretrained(folder / "vae", device)
+    if args.resume and (state / "text.safetensors").is_file():
+        prompts = load_file(state / "text.safetensors", str(device))
+    else:
+        with stage("text", device, stages):
+            encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
+            text, negative = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt]).split(1)
+            prompts = {"text": text, "negative": negative}
+        if not all(embedding.isfinite().all() for embedding in prompts.values()):
+            fail(f"{folder / 'text_encoder'}: gives numbers that are not finite; fetch it again")
+
+    # Nothing is written before all is known to be in order.
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {output}: cannot be made a folder ({error.strerror}); choose another")
+    if args.overwrite:
+        for file in (*state.glob("*.safetensors"), *(output / name for name in RESULTS)):
+            file.unlink(missing_ok=True)
+    run = {
+        "settings": {name: vars(args)[name] for name in DEFAULTS if name not in ("output", "overwrite")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "stages": stages,  # filled as they end
+    }
+    write_json(output / "run.json", run)
+    state.mkdir(exist_ok=True)
+    write_tensors(state / "text.safetensors", prompts)
     print(f"{args.prompt}\n{preset.width}x{preset.height} to {width}x{height}, {args.frames} frames, on {args.device}")
 
-    def bar(name, total):
-        progress = tqdm(total=total, desc=name, unit="step")
+    @contextmanager
+    def timed(name):
+        with stage(name, device, stages):
+            yield
+        write_json(output / "run.json", run)
 
-        def on_step(step, latents):
-            progress.update()
-            if step + 1 == total:
-                progress.close()
-
-        return on_step
+    @contextmanager
+    def bar(name, total, done=0):
+        with tqdm(total=total, desc=name, unit="step", initial=done) as progress:
+            yield lambda step, latents: progress.update()
 
     def tiles(name):
         return partial(tqdm, desc=name, unit="tile")
 
-    with stage("text", device, record):
-        tokenizer = model.load_tokenizer(folder / "tokenizer", preset.text_length)
-        encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
-        text, negative = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt]).split(1)
-    unknown = unknown_words(tokenizer, args.prompt)
-    if unknown:
-        print(f"this model has never seen the words: {', '.join(unknown)}", file=sys.stderr)
-    with stage("load", device, record):
-        transformer = model.WanTransformer.from_pretrained(folder / "transformer", device, dtype)
-        vae = model.WanVAE.from_pretrained(folder / "vae", device)
-
-    if base is None:
+    def generated():
         shape = 1, 16, args.frames // 4 + 1, preset.height // 8, preset.width // 8
-        with stage("base", device, record):
-            base_latents = freeswim.generate(
-                transformer, text, negative, shape, steps=args.steps, flow_shift=preset.base_shift,
-                guidance=args.guidance, generator=torch.Generator().manual_seed(args.seed),
-                on_step=bar("base", args.steps),
-            )
-            base = vae.decode(base_latents, progress=tiles("decode base")).cpu()
-    write_video(output / "base.mp4", to_frames(base), args.fps)
+        with timed("base"), bar("base", args.steps) as on_step:
+            return {"latents": freeswim.generate(
+                transformer, **prompts, shape=shape, steps=args.steps, flow_shift=preset.base_shift,
+                guidance=args.guidance, generator=torch.Generator().manual_seed(args.seed), on_step=on_step,
+            )}
 
-    with stage("encode", device, record):
-        upscaled = freeswim.upsample(base, height, width)
-        latents = vae.encode(upscaled.to(device), progress=tiles("encode"))
+    if args.base_video:
+        base_video = to_video(kept(clip, lambda: {"frames": frames}, "cpu")["frames"])
+    else:
+        latents = kept(state / "base.safetensors", generated, device)["latents"]
+        with timed("decode base"):
+            base_video = vae.decode(latents, progress=tiles("decode base")).cpu()
+    write_video(output / "base.mp4", to_frames(base_video), args.fps)
+    upscaled = freeswim.upsample(base_video, height, width)
+
+    def encoded():
+        with timed("encode"):
+            return {"latents": vae.encode(upscaled.to(device), progress=tiles("encode"))}
 
     def refined(name, **settings):
-        with stage(name, device, record):
-            refined_latents = freeswim.refine(
-                transformer, latents, text, negative, native=(preset.height // 16, preset.width // 16),
-                steps=args.steps, strength=args.strength, flow_shift=args.flow_shift, guidance=args.guidance,
-                generator=torch.Generator().manual_seed(args.seed + 1),
-                on_step=bar(name, int(args.steps * args.strength)), **settings,
-            )
-        with stage(f"decode {name}", device, record):
-            return refined_latents, to_frames(vae.decode(refined_latents, progress=tiles(f"decode {name}")))
+        progress = state / f"{name}-progress.safetensors"
 
-    result, frames = refined("refine", cache_interval=args.cache_interval)
+        def computed():
+            clean = kept(state / "encoded.safetensors", encoded, device)["latents"]
+            begun = load_file(progress, str(device)) if progress.is_file() else None
+            done = int(begun["step"]) if begun else 0
+            with timed(name), bar(name, int(args.steps * args.strength), done) as on_step:
+                return {"latents": freeswim.refine(
+                    transformer, clean, **prompts, native=(preset.height // 16, preset.width // 16), steps=args.steps,
+                    strength=args.strength, flow_shift=args.flow_shift, guidance=args.guidance,
+                    generator=torch.Generator().manual_seed(args.seed + 1), state=begun,
+                    save=partial(write_tensors, progress), on_step=on_step, **settings,
+                )}
+
+        latents = kept(state / f"{name}.safetensors", computed, device)["latents"]
+        progress.unlink(missing_ok=True)
+        with timed(f"decode {name}"):
+            return latents, to_frames(vae.decode(latents, progress=tiles(f"decode {name}")))
+
+    latents, frames = refined("refine", cache_interval=args.cache_interval)
     write_video(output / "freeswim.mp4", frames, args.fps)
     clips = {"base, upscaled": to_frames(upscaled)}
     if args.compare:
@@ -280,22 +430,27 @@ def main():
         clips["clipped window"] = refined("clipped window", window="clipped", override=False)[1]
         clips["inward window"] = refined("inward window", override=False)[1]
     clips["FreeSwim"] = frames
-    comparison(clips).save(output / "comparison.png")
-
-    record = {
-        "settings": vars(args),
-        "latents_sha256": hashlib.sha256(result.cpu().numpy().tobytes()).hexdigest(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "stages": record,
-    }
-    (output / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    for name in ("base.mp4", "freeswim.mp4", "comparison.png", "run.json"):
+    with whole(output / "comparison.png") as part:
+        comparison(clips).save(part)
+    run["latents_sha256"] = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
+    write_json(output / "run.json", run)
+    for name in RESULTS:
         print(output / name)
 
 
 if __name__ == "__main__":
+    args = parse_arguments()
     try:
-        main()
+        main(args)
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"\nsample.py: stopped; --resume {args.output} goes on from the last saved step", file=sys.stderr)
+        raise SystemExit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+            raise
+        where = " ".join(getattr(error, "__notes__", []))
+        print(f"\nsample.py: out of memory in the stage {where}: lower --size or --frames, or free some and go on with "
+              f"--resume {args.output}", file=sys.stderr)
+        raise SystemExit(1)

@@ -137,6 +137,7 @@ def test_weights_are_never_held_twice(tmp_path, dtype, share):
     the pages of the one shard that it reads, which are the kernel's to drop. 15% are allowed on the weights."""
     config = dict(WanTransformer3DModel(**SMALL_TRANSFORMER).config)
     config |= dict(num_attention_heads=8, attention_head_dim=64, num_layers=18, ffn_dim=2048)
+    config["_class_name"] = "WanTransformer3DModel"
     shapes = names_and_shapes(WanTransformer, config)
     total = write_checkpoint(tmp_path, config, shapes, shards=10)
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))

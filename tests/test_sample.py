@@ -1,14 +1,19 @@
 """The command line, run as a person runs it, on a random checkpoint: what it writes, and what it refuses."""
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as imageio
+import kill
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name
 from tiny import world
@@ -41,7 +46,8 @@ def checkpoint(tmp_path_factory):
 
 def run(*arguments):
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +61,8 @@ def first_run(checkpoint, tmp_path_factory):
 
 def test_it_writes_what_it_says(first_run):
     output, result = first_run
-    assert sorted(file.name for file in output.iterdir()) == ["base.mp4", "comparison.png", "freeswim.mp4", "run.json"]
+    assert sorted(file.name for file in output.iterdir()) == [
+        "base.mp4", "comparison.png", "freeswim.mp4", "run.json", "state"]
     assert imageio.imread(output / "base.mp4").shape == (5, 128, 192, 3)
     assert imageio.imread(output / "freeswim.mp4").shape == (5, 144, 224, 3)
     strips = ("upscaled", "full attention", "clipped window", "inward window", "FreeSwim")
@@ -125,6 +132,18 @@ REFUSED = [  # what is typed, and what the one line of the answer must name: the
     (["--base-video", str(ROOT / "README.md")], ["README.md", "video"]),
     (["--base-video", "nowhere.mp4"], ["nowhere.mp4"]),
     (["--sizes", "1x1"], ["--sizes"]),
+    (["--resume", "nowhere"], ["nowhere", "run.json"]),
+    (["--resume", "nowhere", "--steps", "9"], ["--steps", "nowhere"]),
+    (["--output", str(ROOT / "README.md" / "run")], ["README.md", "choose another"]),
+    (["--frames", "401", "--size", "80000x80000"], ["GiB", "--size"]),
+    (["--scale", "nan"], ["scale nan"]),
+    (["--scale", "1e9"], ["scale 1000000000.0", "100"]),
+    (["--steps", "1000000"], ["steps 1000000", "1000"]),
+    (["--seed", "-1"], ["seed -1"]),
+    (["--guidance", "nan"], ["guidance nan"]),
+    (["--strength", "0.01", "--steps", "50"], ["strength 0.01", "at least one"]),
+    (["--no-cache", "--cache-interval", "2"], ["--cache-interval", "--no-cache"]),
+    (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
 ]
 if not torch.cuda.is_available():
     REFUSED.append((["--device", "cuda"], ["cuda", "cpu"]))
@@ -132,7 +151,9 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("arguments, named", REFUSED, ids=[" ".join(arguments)[-30:] for arguments, _ in REFUSED])
 def test_bad_input_is_named_at_once(checkpoint, tmp_path, arguments, named):
-    result = run("--model", checkpoint, "--output", tmp_path / "run", *arguments)
+    if "--resume" not in arguments:
+        arguments = ["--model", checkpoint, "--output", tmp_path / "run", *arguments]
+    result = run(*arguments)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     for words in named:
@@ -140,7 +161,170 @@ def test_bad_input_is_named_at_once(checkpoint, tmp_path, arguments, named):
     assert not (tmp_path / "run").exists()
 
 
+def test_clips_that_cannot_be_refined_are_refused(checkpoint, tmp_path):
+    imageio.imwrite(tmp_path / "odd.gif", np.random.default_rng(0).integers(0, 255, (9, 77, 101, 3), np.uint8))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for clip, words in (("odd.gif", ["101x77", "100x76"]), ("empty.mp4", ["empty.mp4", "video"])):
+        arguments = ["--frames", 5, "--base-video", tmp_path / clip]
+        result = run("--model", checkpoint, "--output", tmp_path / "run", *arguments)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+        assert all(word in result.stderr for word in words)
+        assert not (tmp_path / "run").exists()
+
+
+def rewrite(file, **changes):
+    """Change fields of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def retensor(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def shard(folder, **changes):
+    """Split a part's file into two shards with an index, then change the index: {tensor: file or None}."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    for name, file in changes.items():
+        weight_map[name] = file
+    weight_map = {name: file for name, file in weight_map.items() if file is not None}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+NORM, BIAS = "blocks.0.attn2.norm_k.weight", "proj_out.bias"
+T, V, E = "transformer", "vae", "text_encoder"
+BROKEN = {  # what is done to a checkpoint, and what the one line of the answer must name
+    **{f"{part} is missing": (lambda folder, part=part: shutil.rmtree(folder / part), [part]) for part in (T, V, E)},
+    **{f"{part} has no weights": (lambda folder, part=part: (folder / part / "model.safetensors").unlink(),
+                                  [part, "none"]) for part in (T, V, E)},
+    **{f"{part} is empty": (lambda folder, part=part: (folder / part / "model.safetensors").write_bytes(b""),
+                            [part, "fetch it again"]) for part in (T, V, E)},
+    **{f"{part} is cut off": (
+        lambda folder, part=part: os.truncate(folder / part / "model.safetensors", 9000),
+        [part, "fetch it again"]) for part in (T, V, E)},
+    **{f"{part} holds NaN": (
+        lambda folder, part=part, name=name: retensor(folder / part / "model.safetensors",
+                                                      lambda t: t[name].view(-1)[0].fill_(float("nan"))),
+        [part, "not finite"]) for part, name in ((T, NORM), (V, "quant_conv.bias"),
+                                                  (E, "encoder.final_layer_norm.weight"))},
+    "infinite": (lambda f: retensor(f / T / "model.safetensors", lambda t: t[BIAS][3].fill_(float("inf"))),
+                 [BIAS, "not finite"]),
+    "not safetensors": (lambda f: (f / T / "model.safetensors").write_text("hello, " * 1000), ["fetch it again"]),
+    "a pickle": (lambda f: (f / T / "model.safetensors").rename(f / T / "model.bin"), ["model.bin", "safetensors"]),
+    "tensor missing": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.pop(NORM)), [NORM, "missing"]),
+    "tensor extra": (lambda f: retensor(f / V / "model.safetensors", lambda t: t.update(stray=torch.ones(2))),
+                     ["stray", "not part"]),
+    "tensor misshapen": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: torch.ones(7)})),
+                         [NORM, "(7,)"]),
+    "tensor of integers": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: t[NORM].long()})),
+                           [NORM, "I64"]),
+    "config not JSON": (lambda f: (f / T / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "config a list": (lambda f: (f / V / "config.json").write_text("[1]"), ["config.json", "not an object"]),
+    "field missing": (lambda f: rewrite(f / T / "config.json", num_layers=None), ["num_layers", "None"]),
+    "field a word": (lambda f: rewrite(f / T / "config.json", ffn_dim="wide"), ["ffn_dim", "'wide'"]),
+    "field negative": (lambda f: rewrite(f / E / "config.json", num_layers=-1), ["num_layers", "-1"]),
+    "field absurd": (lambda f: rewrite(f / T / "config.json", num_layers=10**9), ["num_layers", "1000000000"]),
+    "vocabulary absurd": (lambda f: rewrite(f / E / "config.json", vocab_size=10**15), ["vocab_size"]),
+    "means too few": (lambda f: rewrite(f / V / "config.json", latents_mean=[0.0]), ["latents_mean", "16"]),
+    "std zero": (lambda f: rewrite(f / V / "config.json", latents_std=[0.0] * 16), ["latents_std"]),
+    "another width": (lambda f: rewrite(f / T / "config.json", num_attention_heads=3),
+                      ["scale_shift_table", "(1, 2, 144)"]),
+    "image to video": (lambda f: rewrite(f / T / "config.json", image_dim=1280), ["image_dim", "1280"]),
+    "image to video, by index": (
+        lambda f: (f / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}'),
+        ["WanImageToVideoPipeline", "text-to-video"]),
+    "VACE": (lambda f: rewrite(f / T / "config.json", _class_name="WanVACETransformer3DModel"), ["WanVACE"]),
+    "Wan2.2": (lambda f: (f / "model_index.json").write_text(
+        '{"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}'), ["Wan2.2"]),
+    "Wan2.2's VAE": (lambda f: rewrite(f / V / "config.json", z_dim=48), ["z_dim", "48"]),
+    "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer.json"]),
+    "tokenizer broken": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+    "index points outside": (lambda f: shard(f / T, **{NORM: "../../secret.safetensors"}), [NORM, "secret"]),
+    "index points to nothing": (lambda f: shard(f / T, **{NORM: "c.safetensors"}), ["c.safetensors"]),
+    "index leaves one out": (lambda f: shard(f / T, **{NORM: None}), [NORM]),
+    "index has one too many": (lambda f: shard(f / T, stray="a.safetensors"), ["stray"]),
+    "two files, no index": (lambda f: shutil.copy(f / T / "model.safetensors", f / T / "more.safetensors"),
+                            ["2", "index"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_named_at_once(checkpoint, tmp_path, name):
+    change, named = BROKEN[name]
+    shutil.copytree(checkpoint, tmp_path / "model")
+    change(tmp_path / "model")
+    began = time.time()
+    result = run("--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish")
+    seconds = time.time() - began
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    for words in named:
+        assert words in result.stderr
+    assert not (tmp_path / "run").exists()
+    assert seconds < 15  # of which the imports take up to five
+
+
+def test_shards_are_read(checkpoint, tmp_path):
+    """What BROKEN breaks works when it is whole."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shard(tmp_path / "model" / T)
+    result = run("--model", tmp_path / "model", "--output", tmp_path / "run", "--steps", 2, "--frames", 1,
+                 "--prompt", "a fish " * 40)
+    assert result.returncode == 0, result.stderr
+    assert "too long, 32 tokens are read; cut off is: fish a fish" in result.stderr
+
+
 def test_a_short_clip_is_refused_with_the_length_that_it_has(checkpoint, first_run, tmp_path):
     result = run("--model", checkpoint, "--output", tmp_path / "run", "--base-video", first_run[0] / "base.mp4")
     assert result.returncode == 2 and "--frames 5" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(checkpoint, first_run):
+    output, _ = first_run
+    before = (output / "freeswim.mp4").stat().st_mtime_ns
+    result = run("--model", checkpoint, "--output", output)
+    assert result.returncode == 2 and "--resume" in result.stderr and "--overwrite" in result.stderr
+    assert (output / "freeswim.mp4").stat().st_mtime_ns == before
+
+
+def test_killed_anywhere_a_run_goes_on_to_the_same_latents(tmp_path):
+    kill.main(4, tmp_path)
+
+
+def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", "--model", checkpoint, "--output", output, "--steps", "300"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (output / "state" / "refine-progress.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1].replace("\r", "\n")
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert f"sample.py: stopped; --resume {output} goes on from the last saved step" in errors.splitlines()
+    assert not list(output.rglob("part-*")) and not (output / "freeswim.mp4").exists()
+
+
+def test_a_state_is_taken_up_where_it_was(checkpoint, first_run, tmp_path):
+    """Resuming really starts at the saved step: with another state in its place, other latents come out."""
+    output = tmp_path / "run"
+    shutil.copytree(first_run[0], output)
+    expected = json.loads((output / "run.json").read_text())["latents_sha256"]
+    noise = load_file(output / "state" / "encoded.safetensors")["latents"]
+    (output / "state" / "refine.safetensors").unlink()
+    save_file({"step": torch.tensor(0), "latents": noise}, output / "state" / "refine-progress.safetensors")
+    assert run("--resume", output).returncode == 0
+    assert json.loads((output / "run.json").read_text())["latents_sha256"] != expected
+    for file in ("refine", "encoded", "base"):  # without its latents, all is computed again
+        (output / "state" / f"{file}.safetensors").unlink()
+    assert run("--resume", output).returncode == 0
+    assert json.loads((output / "run.json").read_text())["latents_sha256"] == expected

@@ -114,7 +114,8 @@ def test_weights_are_streamed(large, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TEXTS = ["A cat walks on the grass, realistic.", "Two fish swim over a sandy floor!",
-         "“Quotes” & <brackets>; dashes —", "一只猫在草地上行走,写实风格。", "過曝，靜態，細節模糊", "Café, naïve, Übung", "emoji 🐟🐠 and more", "3.5 x 4 = 14"]
+         "“Quotes” & <brackets>; dashes —", "一只猫在草地上行走,写实风格。", "過曝，靜態，細節模糊", "Café, naïve, Übung",
+         "emoji 🐟🐠 and more", "3.5 x 4 = 14"]
 
 PROMPTS = {
     "plain": "A cat walks on the grass, realistic.",

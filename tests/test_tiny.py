@@ -66,8 +66,10 @@ def test_captions_say_what_is_there():
 
 def test_the_detector_is_right_on_true_clips():
     scenes = world.sample_scenes(40, torch.Generator().manual_seed(5 * 10**6))
-    video = world.render(scenes, 128, 192)
-    verdicts = [judge(clip, scenes, row) for row, clip in enumerate(video)]
+    verdicts = []
+    for start in range(0, 40, 4):
+        part = {key: value[start : start + 4] for key, value in scenes.items()}
+        verdicts += [judge(clip, part, row) for row, clip in enumerate(world.render(part, 128, 192))]
     share = {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in verdicts[0]}
     assert share["fish too many"] == 0
     assert min(share["count"], share["colours"], share["direction"]) >= 0.975 and share["pattern"] >= 0.9, share

@@ -185,8 +185,8 @@ def measure(video, scenes, base=None):
 
 def table(results, truth, order):
     """Markdown: a line per method; results is {method: (list of dicts, features (clips, 3, rows, columns, D))}."""
-    lines = ["| | fish too many | count right | colours right | layout, dB | sharpness | patches inside | at the border "
-             "| s per clip |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | fish too many | count right | colours right | layout, dB | sharpness | patches inside "
+             "| at the border | s per clip |", "|---|---|---|---|---|---|---|---|---|"]
 
     def spread(values, form):
         values = np.array(values, dtype=float)
