@@ -585,8 +585,11 @@ def tokenize(tokenizer, prompts):
 
 @torch.no_grad()
 def encode_prompt(encoder, tokenizer, prompts):
-    """Text embeddings (B, length, d_model) of a list of prompts, zero after the end of each text."""
+    """Text embeddings (B, length, d_model) of a list of prompts, zero after the end of each text. Raises ValueError if
+    tokenizer and encoder do not belong together."""
     ids, mask = tokenize(tokenizer, prompts)
+    if ids.max() >= encoder.shared.num_embeddings:
+        raise ValueError(f"the tokenizer knows token {ids.max()}, but the text encoder has {encoder.shared.num_embeddings}")
     embeddings = encoder(ids, mask)
     return embeddings * mask[..., None].to(embeddings)
 
@@ -777,7 +780,8 @@ CONFIGS = {  # what each field of a config.json must be; an absent field is None
     },
     "WanVAE": {
         "_class_name": one_of("AutoencoderKLWan"), "is_residual": one_of(None, False), "patch_size": one_of(None),
-        "z_dim": one_of(16), "base_dim": whole(1, 1024), "decoder_base_dim": or_none(whole(1, 1024)),
+        "z_dim": one_of(16), "base_dim": whole(2, 1024, step=2),
+        "decoder_base_dim": or_none(whole(2, 1024, step=2)),
         "dim_mult": each(4, whole(1, 64)), "num_res_blocks": whole(1, 16),
         "temperal_downsample": one_of([False, True, True]), "attn_scales": one_of([]),
         "latents_mean": each(16, number(-1000, 1000)), "latents_std": each(16, number(0, 1000)),

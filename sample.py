@@ -155,7 +155,10 @@ def settle(args):
         fail(f"--model {args.model}: is a {kind}; supported is the WanPipeline of Wan2.1 text-to-video, 1.3B or 14B")
     transformer, _ = model.empty_model(model.WanTransformer, folder / "transformer")
     model.empty_model(model.WanVAE, folder / "vae")
-    model.empty_model(model.TextEncoder, folder / "text_encoder")
+    encoder, _ = model.empty_model(model.TextEncoder, folder / "text_encoder")
+    if encoder.shared.embedding_dim != transformer.text_embedder[0].in_features:
+        fail(f"--model {args.model}: its text encoder is {encoder.shared.embedding_dim} wide, but its transformer reads "
+             f"{transformer.text_embedder[0].in_features}; they are of different models")
     width = transformer.heads * transformer.head_dim
     if width not in PRESETS:
         fail(f"--model {args.model}: a transformer {width} wide is not Wan2.1 text-to-video (1536: 1.3B, 5120: 14B)")
@@ -198,7 +201,9 @@ def settle(args):
     latents = 16 * (args.frames // 4 + 1) * (height // 8) * (width // 8) * 4
     pixels = args.frames * (preset.height * preset.width + height * width)
     needed = 6 * latents * (4 if args.compare else 1) + 3 * pixels
-    there = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.is_dir())
+    there = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"--output {output}: nothing can be written to {there}; choose another folder")
     free = shutil.disk_usage(there).free
     if needed > free:
         fail(f"--output {output}: about {needed / 2**30:.1f} GiB will be written, but {free / 2**30:.1f} GiB are free; "
@@ -252,6 +257,12 @@ def kept(file, compute, device):
     if not file.is_file():
         write_tensors(file, compute())
     return load_file(file, str(device))
+
+
+def way_on(output):
+    """What is said at the end of a run that was stopped."""
+    saved = (Path(output) / "run.json").is_file()
+    return f"--resume {output} goes on from the last saved step" if saved else "nothing had been computed yet"
 
 
 def unknown_words(tokenizer, prompt):
@@ -349,10 +360,7 @@ def main(args):
             fail(f"{folder / 'text_encoder'}: gives numbers that are not finite; fetch it again")
 
     # Nothing is written before all is known to be in order.
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {output}: cannot be made a folder ({error.strerror}); choose another")
+    output.mkdir(parents=True, exist_ok=True)
     if args.overwrite:
         for file in (*state.glob("*.safetensors"), *(output / name for name in RESULTS)):
             file.unlink(missing_ok=True)
@@ -396,7 +404,8 @@ def main(args):
         with timed("decode base"):
             base_video = vae.decode(latents, progress=tiles("decode base")).cpu()
     write_video(output / "base.mp4", to_frames(base_video), args.fps)
-    upscaled = freeswim.upsample(base_video, height, width)
+    with timed("upsample"):
+        upscaled = freeswim.upsample(base_video, height, width)
 
     def encoded():
         with timed("encode"):
@@ -445,12 +454,14 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        print(f"\nsample.py: stopped; --resume {args.output} goes on from the last saved step", file=sys.stderr)
+        print(f"\nsample.py: stopped; {way_on(args.output)}", file=sys.stderr)
         raise SystemExit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+        # PyTorch's allocator for the CPU has no exception of its own.
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+                or "not enough memory" in str(error)):
             raise
-        where = " ".join(getattr(error, "__notes__", []))
-        print(f"\nsample.py: out of memory in the stage {where}: lower --size or --frames, or free some and go on with "
-              f"--resume {args.output}", file=sys.stderr)
+        stage_name = " ".join(getattr(error, "__notes__", ["start"]))
+        print(f"\nsample.py: out of memory in the stage \"{stage_name}\": free some, or begin with a lower --size or "
+              f"--frames; {way_on(args.output)}", file=sys.stderr)
         raise SystemExit(1)

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name
+from tiny import world
+
+TESTS = Path(__file__).parent
 
 
 @torch.no_grad()
@@ -72,3 +77,35 @@ def write_checkpoint(folder, config, shapes, shards):
         index |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return total
+
+
+def write_random_model(folder, heads, head_dim):
+    """A whole model, Diffusers layout, of random weights: a transformer of one layer, the reference's VAE, a small text
+    encoder, and the bundled model's words."""
+    (folder / "tokenizer").mkdir()
+    words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
+    reference, published = TESTS / "reference" / "wide", TESTS / "wan2.1-t2v-1.3b"
+    transformer = json.loads((reference / "transformer" / "config.json").read_text())
+    transformer |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": 1}
+    vae = json.loads((reference / "vae" / "config.json").read_text())
+    text = json.loads((published / "text_encoder" / "config.json").read_text())
+    text |= {"vocab_size": words, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    for part, cls, config in (
+        ("transformer", WanTransformer, transformer), ("vae", WanVAE, vae), ("text_encoder", TextEncoder, text),
+    ):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+        weights = {checkpoint_name(name): value for name, value in cls(config).state_dict().items()}
+        save_file(weights, folder / part / "model.safetensors")
+
+
+def split_weights(folder):
+    """Split the one file of a part into two shards with an index."""
+    tensors, weight_map = load_file(folder / "model.safetensors"), {}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

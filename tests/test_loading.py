@@ -1,5 +1,7 @@
 """Loading: every layout a checkpoint comes in, nothing missing or left over, names as published, no second copy."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,14 @@ NEEDED = [
 ]
 NEEDLESS = ["README.md", ".gitattributes", "assets/logo.png", "examples/i2v.mp4", "transformer/pytorch_model.bin",
             "google/umt5-xxl/spiece.model", "Wan2.1_VAE.pth"]
+
+
+def test_mutated_checkpoints_load_whole_or_are_refused():
+    """A slice of what fuzz.py does, in a process of its own, since a crash is one of the things it looks for."""
+    command = [sys.executable, Path(__file__).parent / "fuzz.py", "400", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-200:] + result.stderr
+    assert "400 mutations" in result.stdout
 
 
 @pytest.mark.parametrize("name", REVISIONS)

@@ -1,6 +1,7 @@
 """The command line, run as a person runs it, on a random checkpoint: what it writes, and what it refuses."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,32 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name
-from tiny import world
+from parity import split_weights, write_random_model
 
 ROOT = Path(__file__).parent.parent
-REFERENCE = ROOT / "tests" / "reference" / "wide"
-UMT5 = json.loads((ROOT / "tests" / "wan2.1-t2v-1.3b" / "text_encoder" / "config.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A random model as wide as the bundled one, so that it has its preset, but shallow."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "tokenizer").mkdir()
-    words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
-    transformer = json.loads((REFERENCE / "transformer" / "config.json").read_text())
-    transformer |= {"num_attention_heads": 5, "attention_head_dim": 48, "num_layers": 1}
-    text = UMT5 | {"vocab_size": words, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    vae = json.loads((REFERENCE / "vae" / "config.json").read_text())
-    torch.manual_seed(0)
-    for part, cls, config in (
-        ("transformer", WanTransformer, transformer), ("vae", WanVAE, vae), ("text_encoder", TextEncoder, text),
-    ):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config))
-        weights = {checkpoint_name(name): value for name, value in cls(config).state_dict().items()}
-        save_file(weights, folder / part / "model.safetensors")
+    write_random_model(folder, heads=5, head_dim=48)
     return folder
 
 
@@ -186,16 +171,10 @@ def retensor(file, change):
 
 def shard(folder, **changes):
     """Split a part's file into two shards with an index, then change the index: {tensor: file or None}."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, weight_map = sorted(tensors), {}
-    for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    for name, file in changes.items():
-        weight_map[name] = file
-    weight_map = {name: file for name, file in weight_map.items() if file is not None}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    split_weights(folder)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | changes
+    rewrite(index, weight_map={name: file for name, file in weight_map.items() if file is not None})
 
 
 NORM, BIAS = "blocks.0.attn2.norm_k.weight", "proj_out.bias"
@@ -311,7 +290,36 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
     errors = process.communicate()[1].replace("\r", "\n")
     assert process.returncode == 130 and "Traceback" not in errors
     assert f"sample.py: stopped; --resume {output} goes on from the last saved step" in errors.splitlines()
-    assert not list(output.rglob("part-*")) and not (output / "freeswim.mp4").exists()
+    assert not (output / "freeswim.mp4").exists()
+
+
+def test_out_of_memory_names_the_stage_and_the_way_on(checkpoint, first_run, tmp_path):
+    """The clip at 20000x20000 is 24 GB; the process may have 8."""
+    output = tmp_path / "run"
+    arguments = ["--base-video", first_run[0] / "base.mp4", "--size", "20000x20000", "--frames", "5", "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--model", checkpoint, "--output", output, *arguments],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2))
+    assert result.returncode == 1, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert '"upsample"' in line and "--size" in line and f"--resume {output}" in line
+    assert "Traceback" not in result.stderr and (output / "base.mp4").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_out_of_memory_on_a_gpu_is_survived(checkpoint, tmp_path):
+    """Another process (this one) holds all but 1 GiB of the GPU; when it has let go, the run goes on to the end."""
+    arguments = ["--model", checkpoint, "--steps", "4", "--size", "3072x2048", "--frames", "5", "--dtype", "bfloat16"]
+    free, _ = torch.cuda.mem_get_info()
+    hoard = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
+    result = run(*arguments, "--output", tmp_path / "run")
+    assert result.returncode == 1, result.stderr
+    assert "out of memory in the stage" in result.stderr and "--size" in result.stderr
+    assert "Traceback" not in result.stderr
+    del hoard
+    torch.cuda.empty_cache()
+    assert run("--resume", tmp_path / "run").returncode == 0
+    assert (tmp_path / "run" / "freeswim.mp4").is_file()
 
 
 def test_a_state_is_taken_up_where_it_was(checkpoint, first_run, tmp_path):
