@@ -565,8 +565,11 @@ def load_tokenizer(folder, length=512):
     read_json(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"{file} is no tokenizer ({error})") from None
+        tokenizer.encode("a word")  # some faults show only in use
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library has no exception of its own, and its panics are not of Exception
+        raise ValueError(f"{file} is no tokenizer ({error!s:.200})") from None
     if tokenizer.token_to_id("<pad>") is None:
         raise ValueError(f"{file} has no token <pad>")
     tokenizer.enable_truncation(length)
@@ -730,7 +733,7 @@ def opened(file):
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        state = f"is no whole safetensors file ({error})" if Path(file).is_file() else "is missing"
+        state = f"is no whole safetensors file ({error!s:.200})" if Path(file).is_file() else "is missing"
         raise ValueError(f"{file} {state}; fetch it again") from None
 
 
