@@ -12,10 +12,12 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ftfy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -118,6 +120,8 @@ def modulate(tokens, shift, scale, eps):
 class WanTransformer(nn.Module):
     """The DiT (Wan technical report, section 4.2). `config` is the content of the checkpoint's config.json."""
 
+    FLOAT32 = "time_embedder", "modulation", "norm2"  # what stays in float32, whatever the dtype
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -137,8 +141,8 @@ class WanTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The DiT of a Diffusers `transformer/` folder. Time embedder, modulation and norm2 stay in float32."""
-        return load_model(cls, folder, device, dtype, float32=("time_embedder", "modulation", "norm2"))
+        """The DiT of a Diffusers `transformer/` folder."""
+        return load_model(cls, folder, device, dtype, cls.FLOAT32)
 
     def embed(self, latents, timestep, text):
         """What the blocks work on: tokens (B, N, D), embedded time (B, D), its modulation (B, 6, D), text (B, L, D)
@@ -406,6 +410,7 @@ class WanVAE(nn.Module):
                 chunk = tile[:, :, :1] if t == 0 else tile[:, :, 4 * t - 3 : 4 * t + 1]
                 mean, _ = self.encode_chunk(chunk, history).chunk(2, dim=1)
                 latents[:, :, t : t + 1, rows, columns] += weight * mean
+        latents = self.total(latents)
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
@@ -420,7 +425,11 @@ class WanVAE(nn.Module):
                 chunk = self.decode_chunk(latents[:, :, t : t + 1, rows, columns], history)
                 place = slice(8 * rows.start, 8 * rows.stop), slice(8 * columns.start, 8 * columns.stop)
                 video[:, :, max(4 * t - 3, 0) : 4 * t + 1, *place] += weight * chunk
-        return video.clamp_(-1, 1)
+        return self.total(video).clamp_(-1, 1)
+
+    def total(self, tiles):
+        """The sum of all tiles; here they are all in already (but see `share_tiles`)."""
+        return tiles
 
 
 def tiles(height, width, scale, tiled, like):
@@ -796,3 +805,100 @@ CONFIGS = {  # what each field of a config.json must be; an absent field is None
         "relative_attention_max_distance": whole(4, 2**20), "layer_norm_epsilon": number(0, 0.01),
     },
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than one GPU: one process each, started by torchrun. Nothing above or in freeswim.py knows of it; whoever has one
+# GPU has read enough.
+#
+# Every process (rank) holds the latents and runs the solver, but only its share of the tokens. Self-attention alone
+# needs them all: before it, an all-to-all trades tokens for heads, after it another one trades back (DeepSpeed-Ulysses,
+# arXiv 2309.14509), so that the attention, whichever it is, sees all tokens of its heads.
+
+
+def swap(x, scattered, gathered, length):
+    """Trade with all ranks. Of `x`, dimension `scattered` is whole here, and shared out; of dimension `gathered` each rank
+    has its share, and gets the whole, `length` long. Shares need not be equal."""
+    ranks = dist.get_world_size()
+    parts = x.tensor_split(ranks, scattered)
+    shares = [length // ranks + (rank < length % ranks) for rank in range(ranks)]
+    before, after = parts[dist.get_rank()].shape[:gathered], parts[dist.get_rank()].shape[gathered + 1 :]
+    sizes = [math.prod(before) * share * math.prod(after) for share in shares]
+    received = x.new_empty(sum(sizes))
+    sent = torch.cat([part.flatten() for part in parts])
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    return torch.cat([part.view(*before, share, *after) for part, share in zip(received.split(sizes), shares)], gathered)
+
+
+def share_tokens(transformer):
+    """Let the ranks share the work of `transformer`, changed in place: each runs its blocks on its own tokens. More
+    ranks than heads work, but gain little."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    embed, unembed, length = transformer.embed, transformer.unembed, 0
+
+    def embed_share(latents, timestep, text):
+        nonlocal length
+        tokens, *rest, rotary = embed(latents, timestep, text)
+        length = tokens.shape[1]
+        return tokens.tensor_split(ranks, 1)[rank], *rest, [table.tensor_split(ranks)[rank] for table in rotary]
+
+    def unembed_all(tokens, time, grid):
+        copies = tokens.expand(ranks, *tokens.shape)  # one for each rank
+        return unembed(swap(copies, 0, 2, length)[0], time, grid)
+
+    def self_attention(own, tokens, time, rotary, attention):
+        def on_my_heads(query, key, value):
+            query, key, value = (swap(x, 1, 2, length) for x in (query, key, value))  # (B, my heads, N, head_dim)
+            attended = attention(query, key, value) if query.shape[1] > 0 else query
+            return swap(attended, 2, 1, transformer.heads)
+
+        return own(tokens, time, rotary, on_my_heads)
+
+    transformer.embed, transformer.unembed = embed_share, unembed_all
+    for block in transformer.blocks:
+        block.self_attention = partial(self_attention, block.self_attention)
+
+
+def share_tiles(vae):
+    """Let the ranks share the tiles of `vae`, changed in place; every rank gets the whole result."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+
+    def shared(method):
+        return lambda x, tiled=True, progress=iter: method(x, tiled, lambda tiles: progress(tiles[rank::ranks]))
+
+    def total(tiles):
+        dist.all_reduce(tiles)
+        return tiles
+
+    vae.encode, vae.decode, vae.total = shared(vae.encode), shared(vae.decode), total
+
+
+def load_sharded(folder, device, dtype):
+    """The DiT of a Diffusers `transformer/` folder, its blocks' weights spread over the ranks. One block at a time is
+    read whole."""
+    from torch.distributed.fsdp import fully_shard  # takes a second, which only those who use it should wait
+
+    transformer, sources = empty_model(WanTransformer, folder)
+    mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for index, block in enumerate(transformer.blocks):
+        read_weights(transformer, sources, device, dtype, f"blocks.{index}.", WanTransformer.FLOAT32)
+        fully_shard(block, mesh=mesh)
+    transformer.blocks = ShardedBlocks(transformer.blocks)
+    others = {name: source for name, source in sources.items() if not name.startswith("blocks.")}
+    read_weights(transformer, others, device, dtype, float32=WanTransformer.FLOAT32)
+    return transformer
+
+
+class ShardedBlocks(nn.ModuleList):
+    """Blocks whose weights are spread over the ranks (FSDP2). Whoever iterates finds each block whole, while the weights
+    of the next are on their way."""
+
+    def __iter__(self):
+        blocks = list(super().__iter__())
+        ahead = blocks[0].unshard(async_op=True)
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            if ahead is not None:
+                ahead.wait()
+            ahead = following.unshard(async_op=True) if following else None
+            yield block
+            block.reshard()

@@ -3,6 +3,7 @@
     python sample.py                                                          the bundled tiny model, on any CPU
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "…" --size 1920x1088              on a GPU
     python sample.py --resume output                                       go on with a run that was stopped
+    torchrun --nproc-per-node 8 sample.py …                                one run on the GPUs of a machine
 
 Whatever a run has computed is in the folder `state` of its output, so that nothing is computed twice.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -67,9 +69,20 @@ PRESETS = {  # by the width of the transformer, in channels
 }
 
 
+RANK = int(os.environ.get("RANK", 0))  # of this process, if torchrun has started several
+
+
+def say(message):
+    """One line on standard error."""
+    if RANK > 0:  # the first process has most likely the same to say, and torchrun then ends the others
+        time.sleep(3)
+        message = f"process {RANK}: {message}"
+    print(f"sample.py: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message):
     """One line that names the value and the mend; exit status 2."""
-    print(f"sample.py: {message}", file=sys.stderr)
+    say(message)
     raise SystemExit(2)
 
 
@@ -78,12 +91,12 @@ DEFAULTS = {  # None: the model's preset decides
     "model": str(Path(__file__).parent / "tiny"), "prompt": None, "negative_prompt": None, "size": None, "scale": 2.0,
     "frames": None, "steps": 50, "strength": None, "guidance": None, "flow_shift": None, "cache_interval": 5, "seed": 0,
     "fps": None, "base_video": None, "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": None,
-    "output": "output", "overwrite": False, "compare": False,
+    "output": "output", "overwrite": False, "compare": False, "shard_weights": False,
 }
 
 
 def parse_arguments():
-    """What was typed, over the defaults, or over the settings of the run to resume."""
+    """What was typed, as a dict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
@@ -112,10 +125,15 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="even if the output folder holds another run")
     add("--resume", metavar="FOLDER", help="go on with the run in this output folder, with its settings")
     add("--compare", action="store_true", help="also full attention and windows without override, in one picture")
-    typed = vars(parser.parse_args())
+    add("--shard-weights", action="store_true", help="under torchrun: spread the transformer's weights over the GPUs")
+    return vars(parser.parse_args())
+
+
+def settings(typed):
+    """What was typed, over the defaults, or over the settings of the run to resume."""
     if "resume" not in typed:
         return argparse.Namespace(**{**DEFAULTS, **typed}, resume=None, stages={})
-    for name in typed.keys() - {"resume", "device", "compare"}:
+    for name in typed.keys() - {"resume", "device", "compare", "shard_weights"}:
         fail(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; begin another run")
     try:
         begun = json.loads((Path(typed["resume"]) / "run.json").read_text())
@@ -133,6 +151,8 @@ def settle(args):
         fail(f"--output {output}: holds a run already; go on with it by --resume {output}, or say --overwrite")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         fail(f"--device {args.device}: choose cpu or cuda")
+    if args.shard_weights and not dist.is_initialized():
+        fail("--shard-weights: needs several processes; start them with torchrun --nproc-per-node N sample.py …")
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
     if not Path(args.model).is_dir() and args.model.count("/") != 1:
@@ -242,21 +262,50 @@ def whole(file):
     part.replace(file)
 
 
+def first(function):
+    """`function`, run by the first process only."""
+    return function if RANK == 0 else lambda *args: None
+
+
+def from_first(compute):
+    """What `compute` gives in the first process, in every process."""
+    result = [first(compute)()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, device="cpu")
+    return result[0]
+
+
+@first
 def write_json(file, content):
     with whole(file) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+@first
 def write_tensors(file, tensors):
     with whole(file) as part:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
+@first
+def write_video(file, frames, fps):
+    with whole(file) as part:
+        imageio.imwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", quality=9, macro_block_size=1)
+
+
+@first
+def write_picture(file, picture):
+    with whole(file) as part:
+        picture.save(part)
+
+
 def kept(file, compute, device):
-    """The tensors in `file`; if it is not there, they are computed, and written to it first."""
-    if not file.is_file():
-        write_tensors(file, compute())
-    return load_file(file, str(device))
+    """The tensors in `file`; if it is not there, they are computed, and written to it."""
+    tensors = from_first(lambda: load_file(file) if file.is_file() else None)
+    if tensors is None:
+        tensors = compute()
+        write_tensors(file, tensors)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def way_on(output):
@@ -305,11 +354,6 @@ def to_frames(video):
     return ((video[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
-def write_video(file, frames, fps):
-    with whole(file) as part:
-        imageio.imwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", quality=9, macro_block_size=1)
-
-
 def comparison(clips):
     """One picture of {label: frames (F, H, W, 3)}: a strip each, of three frames and an enlarged part of the middle
     one. The part is where the last clip's middle frame has the strongest edges, a third of the frame high and wide."""
@@ -332,48 +376,74 @@ def comparison(clips):
     return Image.fromarray(np.concatenate(strips))
 
 
-def main(args):
+def begin(typed):
+    """All that is checked before anything is loaded or written: settings, the model's folder, its preset, its tokenizer,
+    the refined height and width, and the clip of --base-video."""
+    args = settings(typed)
     folder, preset, height, width = settle(args)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    output, state, stages = Path(args.output), Path(args.output) / "state", args.stages
-    clip = state / "clip.safetensors"  # --base-video as it was when the run began
-    if args.base_video and not (args.resume and clip.is_file()):
-        frames = read_video(args.base_video, args.frames)
-
+    clip = None
+    if args.base_video and not (args.resume and (Path(args.output) / "state" / "clip.safetensors").is_file()):
+        clip = {"frames": read_video(args.base_video, args.frames)}
     tokenizer = model.load_tokenizer(folder / "tokenizer", preset.text_length)
     unknown, cut = unknown_words(tokenizer, args.prompt), cut_words(tokenizer, args.prompt)
     if unknown:
         print(f"this model has never seen the words: {', '.join(unknown)}", file=sys.stderr)
     if cut:
         print(f"the prompt is too long, {preset.text_length} tokens are read; cut off is: {cut}", file=sys.stderr)
-    with stage("load", device, stages):
-        transformer = model.WanTransformer.from_pretrained(folder / "transformer", device, dtype)
-        vae = model.WanVAE.from_pretrained(folder / "vae", device)
-    if args.resume and (state / "text.safetensors").is_file():
-        prompts = load_file(state / "text.safetensors", str(device))
-    else:
-        with stage("text", device, stages):
-            encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
-            text, negative = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt]).split(1)
-            prompts = {"text": text, "negative": negative}
-        if not all(embedding.isfinite().all() for embedding in prompts.values()):
-            fail(f"{folder / 'text_encoder'}: gives numbers that are not finite; fetch it again")
+    return args, folder, preset, tokenizer, height, width, clip
 
-    # Nothing is written before all is known to be in order.
-    output.mkdir(parents=True, exist_ok=True)
+
+@first
+def make_folders(args):
+    output, state = Path(args.output), Path(args.output) / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    for file in state.glob(".tmp*"):  # safetensors' own, of a run that was killed while it wrote
+        file.unlink()
     if args.overwrite:
         for file in (*state.glob("*.safetensors"), *(output / name for name in RESULTS)):
             file.unlink(missing_ok=True)
+
+
+def main(typed):
+    args, folder, preset, tokenizer, height, width, clip = from_first(lambda: begin(typed))
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if dist.is_initialized() and device.type == "cuda":  # each process of this machine has its own
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    output, state, stages = Path(args.output), Path(args.output) / "state", args.stages
+    with stage("load", device, stages):
+        load = model.load_sharded if args.shard_weights else model.WanTransformer.from_pretrained
+        transformer = load(folder / "transformer", device, dtype)
+        vae = model.WanVAE.from_pretrained(folder / "vae", device)
+    if dist.is_initialized():
+        model.share_tokens(transformer)
+        model.share_tiles(vae)
+
+    def embeddings():
+        encoder = model.TextEncoder.from_pretrained(folder / "text_encoder", device, dtype)
+        both = model.encode_prompt(encoder, tokenizer, [args.prompt, args.negative_prompt])
+        if not both.isfinite().all():
+            fail(f"{folder / 'text_encoder'}: gives numbers that are not finite; fetch it again")
+        return dict(zip(("text", "negative"), both.cpu().split(1)))
+
+    # Nothing is written before all is known to be in order.
+    text_file = state / "text.safetensors"
+    prompts = from_first(lambda: load_file(text_file) if args.resume and text_file.is_file() else None)
+    if prompts is None:
+        with stage("text", device, stages):
+            prompts = from_first(embeddings)
+    make_folders(args)
     run = {
-        "settings": {name: vars(args)[name] for name in DEFAULTS if name not in ("output", "overwrite")},
+        "settings": {name: vars(args)[name] for name in DEFAULTS if name not in ("output", "overwrite", "shard_weights")},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "stages": stages,  # filled as they end
     }
     write_json(output / "run.json", run)
-    state.mkdir(exist_ok=True)
-    write_tensors(state / "text.safetensors", prompts)
-    print(f"{args.prompt}\n{preset.width}x{preset.height} to {width}x{height}, {args.frames} frames, on {args.device}")
+    write_tensors(text_file, prompts)
+    prompts = {name: embedding.to(device) for name, embedding in prompts.items()}
+    print(f"{args.prompt}\n{preset.width}x{preset.height} to {width}x{height}, {args.frames} frames, on {args.device}; "
+          f"should it end early, go on with --resume {output}", flush=True)
 
     @contextmanager
     def timed(name):
@@ -383,11 +453,11 @@ def main(args):
 
     @contextmanager
     def bar(name, total, done=0):
-        with tqdm(total=total, desc=name, unit="step", initial=done) as progress:
+        with tqdm(total=total, desc=name, unit="step", initial=done, disable=RANK > 0) as progress:
             yield lambda step, latents: progress.update()
 
     def tiles(name):
-        return partial(tqdm, desc=name, unit="tile")
+        return partial(tqdm, desc=name, unit="tile", disable=RANK > 0)
 
     def generated():
         shape = 1, 16, args.frames // 4 + 1, preset.height // 8, preset.width // 8
@@ -398,7 +468,7 @@ def main(args):
             )}
 
     if args.base_video:
-        base_video = to_video(kept(clip, lambda: {"frames": frames}, "cpu")["frames"])
+        base_video = to_video(kept(state / "clip.safetensors", lambda: clip, "cpu")["frames"])
     else:
         latents = kept(state / "base.safetensors", generated, device)["latents"]
         with timed("decode base"):
@@ -416,7 +486,8 @@ def main(args):
 
         def computed():
             clean = kept(state / "encoded.safetensors", encoded, device)["latents"]
-            begun = load_file(progress, str(device)) if progress.is_file() else None
+            begun = from_first(lambda: load_file(progress) if progress.is_file() else None)
+            begun = begun and {name: tensor.to(device) for name, tensor in begun.items()}
             done = int(begun["step"]) if begun else 0
             with timed(name), bar(name, int(args.steps * args.strength), done) as on_step:
                 return {"latents": freeswim.refine(
@@ -439,8 +510,7 @@ def main(args):
         clips["clipped window"] = refined("clipped window", window="clipped", override=False)[1]
         clips["inward window"] = refined("inward window", override=False)[1]
     clips["FreeSwim"] = frames
-    with whole(output / "comparison.png") as part:
-        comparison(clips).save(part)
+    write_picture(output / "comparison.png", comparison(clips))
     run["latents_sha256"] = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
     write_json(output / "run.json", run)
     for name in RESULTS:
@@ -448,20 +518,28 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+    typed = parse_arguments()
+    output = typed.get("resume") or typed.get("output", DEFAULTS["output"])
     try:
-        main(args)
+        main(typed)
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        print(f"\nsample.py: stopped; {way_on(args.output)}", file=sys.stderr)
+        say(f"stopped; {way_on(output)}")
         raise SystemExit(130)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocator for the CPU has no exception of its own.
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-                or "not enough memory" in str(error)):
-            raise
+        # PyTorch's allocator for the CPU has no exception of its own, and its connections between processes neither.
         stage_name = " ".join(getattr(error, "__notes__", ["start"]))
-        print(f"\nsample.py: out of memory in the stage \"{stage_name}\": free some, or begin with a lower --size or "
-              f"--frames; {way_on(args.output)}", file=sys.stderr)
+        if (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+                or "not enough memory" in str(error)):
+            say(f"out of memory in the stage \"{stage_name}\": free some, or begin with a lower --size or --frames; "
+                f"{way_on(output)}")
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            say(f"another process ended in the stage \"{stage_name}\"; {way_on(output)}")
+        else:
+            raise
         raise SystemExit(1)

@@ -34,7 +34,7 @@ def latents_of(folder):
 
 def furthest(folder):
     """The newest whole file that a killed run has left behind."""
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("part-")]
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(("part-", ".tmp"))]
     return max(files, key=lambda file: file.stat().st_mtime_ns).name if files else "nothing"
 
 
@@ -51,7 +51,7 @@ def main(kills, folder):
             begun = (output / "run.json").exists()
             process = start("--resume", output) if begun else start(*SETTINGS, "--output", output)
             try:
-                process.wait(draw.uniform(0, 1.2 * seconds))
+                process.wait(draw.uniform(0, seconds))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -60,7 +60,7 @@ def main(kills, folder):
                 finish(process)
                 break
         assert latents_of(output) == expected, f"run {runs} has other latents"
-        assert not list(output.rglob("part-*"))
+        assert not [*output.rglob("part-*"), *output.rglob(".tmp*")], "half a file was left"
     print(f"{struck.total()} kills in {runs} runs of {seconds:.0f} s, the latents always the same. The newest file that "
           "the killed left: " + ", ".join(f"{name} {count}" for name, count in struck.most_common()))
 
