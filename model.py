@@ -601,7 +601,8 @@ def encode_prompt(encoder, tokenizer, prompts):
     tokenizer and encoder do not belong together."""
     ids, mask = tokenize(tokenizer, prompts)
     if ids.max() >= encoder.shared.num_embeddings:
-        raise ValueError(f"the tokenizer knows token {ids.max()}, but the text encoder has {encoder.shared.num_embeddings}")
+        known = encoder.shared.num_embeddings
+        raise ValueError(f"the tokenizer knows token {ids.max()}, but the text encoder has {known}")
     embeddings = encoder(ids, mask)
     return embeddings * mask[..., None].to(embeddings)
 
@@ -817,8 +818,8 @@ CONFIGS = {  # what each field of a config.json must be; an absent field is None
 
 
 def swap(x, scattered, gathered, length):
-    """Trade with all ranks. Of `x`, dimension `scattered` is whole here, and shared out; of dimension `gathered` each rank
-    has its share, and gets the whole, `length` long. Shares need not be equal."""
+    """Trade with all ranks. Of `x`, dimension `scattered` is whole here, and shared out; of dimension `gathered` each
+    rank has its share, and gets the whole, `length` long. Shares need not be equal."""
     ranks = dist.get_world_size()
     parts = x.tensor_split(ranks, scattered)
     shares = [length // ranks + (rank < length % ranks) for rank in range(ranks)]
@@ -827,7 +828,8 @@ def swap(x, scattered, gathered, length):
     received = x.new_empty(sum(sizes))
     sent = torch.cat([part.flatten() for part in parts])
     dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
-    return torch.cat([part.view(*before, share, *after) for part, share in zip(received.split(sizes), shares)], gathered)
+    arrived = zip(received.split(sizes), shares)
+    return torch.cat([part.view(*before, share, *after) for part, share in arrived], gathered)
 
 
 def share_tokens(transformer):
@@ -890,8 +892,8 @@ def load_sharded(folder, device, dtype):
 
 
 class ShardedBlocks(nn.ModuleList):
-    """Blocks whose weights are spread over the ranks (FSDP2). Whoever iterates finds each block whole, while the weights
-    of the next are on their way."""
+    """Blocks whose weights are spread over the ranks (FSDP2). Whoever iterates finds each block whole, while the
+    weights of the next are on their way."""
 
     def __iter__(self):
         blocks = list(super().__iter__())

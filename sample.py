@@ -134,13 +134,13 @@ def settings(typed):
     if "resume" not in typed:
         return argparse.Namespace(**{**DEFAULTS, **typed}, resume=None, stages={})
     for name in typed.keys() - {"resume", "device", "compare", "shard_weights"}:
-        fail(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; begin another run")
+        fail(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; begin anew")
     try:
         begun = json.loads((Path(typed["resume"]) / "run.json").read_text())
         return argparse.Namespace(**{**DEFAULTS, **begun["settings"], **typed, "output": typed["resume"]},
                                   stages=dict(begun["stages"]))
     except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--resume {typed['resume']}: no run is there (its run.json is missing or broken); begin one with --output")
+        fail(f"--resume {typed['resume']}: no run is there (its run.json is missing or broken); begin with --output")
 
 
 def settle(args):
@@ -177,8 +177,8 @@ def settle(args):
     model.empty_model(model.WanVAE, folder / "vae")
     encoder, _ = model.empty_model(model.TextEncoder, folder / "text_encoder")
     if encoder.shared.embedding_dim != transformer.text_embedder[0].in_features:
-        fail(f"--model {args.model}: its text encoder is {encoder.shared.embedding_dim} wide, but its transformer reads "
-             f"{transformer.text_embedder[0].in_features}; they are of different models")
+        fail(f"--model {args.model}: its text encoder is {encoder.shared.embedding_dim} wide, but its transformer "
+             f"reads {transformer.text_embedder[0].in_features}; they are of different models")
     width = transformer.heads * transformer.head_dim
     if width not in PRESETS:
         fail(f"--model {args.model}: a transformer {width} wide is not Wan2.1 text-to-video (1536: 1.3B, 5120: 14B)")
@@ -377,8 +377,8 @@ def comparison(clips):
 
 
 def begin(typed):
-    """All that is checked before anything is loaded or written: settings, the model's folder, its preset, its tokenizer,
-    the refined height and width, and the clip of --base-video."""
+    """All that is checked before anything is loaded or written: settings, the model's folder, its preset, its
+    tokenizer, the refined height and width, and the clip of --base-video."""
     args = settings(typed)
     folder, preset, height, width = settle(args)
     clip = None
@@ -433,8 +433,9 @@ def main(typed):
         with stage("text", device, stages):
             prompts = from_first(embeddings)
     make_folders(args)
+    elsewhere = "output", "overwrite", "shard_weights"
     run = {
-        "settings": {name: vars(args)[name] for name in DEFAULTS if name not in ("output", "overwrite", "shard_weights")},
+        "settings": {name: vars(args)[name] for name in DEFAULTS if name not in elsewhere},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "stages": stages,  # filled as they end

@@ -23,9 +23,9 @@ import model
 from parity import split_weights, write_random_model
 
 PARTS = {"transformer": model.WanTransformer, "vae": model.WanVAE, "text_encoder": model.TextEncoder}
-ODD_NUMBERS = (0, 1, -1, 3, 7, 2**31, 2**32, 2**53, 2**63, 2**64 - 1, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"))
-ODD_VALUES = ODD_NUMBERS + (
-    None, True, False, "", "0", "F16", "I64", "F8_E4M3", "../outside.safetensors", "/etc/passwd", "a.safetensors\0", ".",
+ODD_VALUES = (
+    0, 1, -1, 3, 7, 2**31, 2**32, 2**53, 2**63, 2**64 - 1, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), None,
+    True, False, "", "0", "F16", "I64", "F8_E4M3", "../outside.safetensors", "/etc/passwd", "a.safetensors\0", ".",
     "..", "config.json", "é" * 300, [], [[]], [0, 0], [-1, 5], [2**40, 2**40], [2**64, 0], {}, {"a": {}},
     [[[[[[[[]]]]]]]], list(range(2000)),
 )
@@ -131,11 +131,11 @@ def mutate(draw, folder):
 
 
 def load(folder):
-    """Everything in the checkpoint, {part: state dict}; the text encoder also encodes, as the tokenizer may be broken."""
-    state = {part: model.load_model(cls, folder / part, "cpu", torch.float32).state_dict() for part, cls in PARTS.items()}
+    """Everything in the checkpoint, {part: state dict}. The text encoder also encodes: the tokenizer may be broken."""
+    models = {part: model.load_model(cls, folder / part, "cpu", torch.float32) for part, cls in PARTS.items()}
     tokenizer = model.load_tokenizer(folder / "tokenizer", 16)
     model.encode_prompt(model.TextEncoder.from_pretrained(folder / "text_encoder"), tokenizer, ["a red fish", ""])
-    return state
+    return {part: model.state_dict() for part, model in models.items()}
 
 
 def equal(states, others):
@@ -178,7 +178,8 @@ def main(mutations, seed, folder):
             assert type(error) is ValueError and len(message) < 700, f"{type(error)} {message}"
             assert str(broken) in message or "the tokenizer knows token" in message, message
         signal.alarm(0)
-        outside = {str(file) for file in opened if isinstance(file, (str, Path)) and not str(file).startswith(str(broken))}
+        files = {str(file) for file in opened if isinstance(file, (str, Path))}
+        outside = {file for file in files if not file.startswith(str(broken))}
         assert not outside, outside
         outcomes[outcome] += 1
         shutil.rmtree(broken)

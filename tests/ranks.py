@@ -52,7 +52,8 @@ def main():
     video = upsample(torch.rand(1, 3, 5, 40, 48) * 2 - 1, 264, 400)
 
     def results():
-        base = generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=torch.Generator().manual_seed(1))
+        draw = torch.Generator().manual_seed(1)
+        base = generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=draw)
         latents = vae.encode(video)
         return base, latents, vae.decode(latents)
 
