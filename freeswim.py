@@ -76,7 +76,8 @@ def tiled_window(grid, window, scale=None, clipped=False, device="cpu"):
     tiles = list(itertools.product(shared(height, window[0]), shared(width, window[1])))
 
     def attention(query, key, value):
-        query, key, value = (x.unflatten(2, (height, width, frames)) for x in (query, key, value))
+        parts = (x.contiguous() for x in (query, key, value))  # many slices will be copied from them, in long runs
+        query, key, value = (x.unflatten(2, (height, width, frames)) for x in parts)
         attended = torch.empty_like(query)  # (B, heads, H, W, T, head_dim)
         for (rows, seen_rows), (columns, seen_columns) in tiles:
             attended[:, :, rows, columns] = F.scaled_dot_product_attention(

@@ -210,7 +210,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * spatial_dims))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5) * self.gamma
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-24) * self.gamma
 
 
 class ResidualBlock(nn.Module):

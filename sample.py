@@ -411,6 +411,7 @@ def main(typed):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     output, state, stages = Path(args.output), Path(args.output) / "state", args.stages
+    tiled = height * width > 2**18  # less than 512 x 512 takes little memory, and tiles would be slower
     with stage("load", device, stages):
         load = model.load_sharded if args.shard_weights else model.WanTransformer.from_pretrained
         transformer = load(folder / "transformer", device, dtype)
@@ -473,14 +474,14 @@ def main(typed):
     else:
         latents = kept(state / "base.safetensors", generated, device)["latents"]
         with timed("decode base"):
-            base_video = vae.decode(latents, progress=tiles("decode base")).cpu()
+            base_video = vae.decode(latents, tiled, tiles("decode base")).cpu()
     write_video(output / "base.mp4", to_frames(base_video), args.fps)
     with timed("upsample"):
         upscaled = freeswim.upsample(base_video, height, width)
 
     def encoded():
         with timed("encode"):
-            return {"latents": vae.encode(upscaled.to(device), progress=tiles("encode"))}
+            return {"latents": vae.encode(upscaled.to(device), tiled, tiles("encode"))}
 
     def refined(name, **settings):
         progress = state / f"{name}-progress.safetensors"
@@ -501,7 +502,7 @@ def main(typed):
         latents = kept(state / f"{name}.safetensors", computed, device)["latents"]
         progress.unlink(missing_ok=True)
         with timed(f"decode {name}"):
-            return latents, to_frames(vae.decode(latents, progress=tiles(f"decode {name}")))
+            return latents, to_frames(vae.decode(latents, tiled, tiles(f"decode {name}")))
 
     latents, frames = refined("refine", cache_interval=args.cache_interval)
     write_video(output / "freeswim.mp4", frames, args.fps)
