@@ -210,7 +210,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * spatial_dims))
 
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-24) * self.gamma
+        mean_square = x.float().square().mean(dim=1, keepdim=True)
+        return x * torch.rsqrt(mean_square + 1e-24).to(x.dtype) * self.gamma
 
 
 class ResidualBlock(nn.Module):
