@@ -61,8 +61,8 @@ def main(kills, folder):
                 break
         assert latents_of(output) == expected, f"run {runs} has other latents"
         assert not [*output.rglob("part-*"), *output.rglob(".tmp*")], "half a file was left"
-    print(f"{struck.total()} kills in {runs} runs of {seconds:.0f} s, the latents always the same. The newest file that "
-          "the killed left: " + ", ".join(f"{name} {count}" for name, count in struck.most_common()))
+    print(f"{struck.total()} kills in {runs} runs of {seconds:.0f} s, the latents always the same. The newest file "
+          "that the killed left: " + ", ".join(f"{name} {count}" for name, count in struck.most_common()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What test_parallel.py runs under torchrun: `torchrun --nproc-per-node N tests/ranks.py`. Every rank first does all the
-work alone, then its share of it, and compares."""
+"""What test_parallel.py runs: `torchrun --nproc-per-node N tests/ranks.py`. Every rank first does all the work alone,
+then its share of it, and compares."""
 import json
 import sys
 from pathlib import Path
