@@ -18,7 +18,8 @@ SETTINGS = ["--size", "224x144", "--frames", "5", "--steps", "4", "--cache-inter
 def torchrun(ranks, *command):
     """A started torchrun, in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, command)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+         *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
