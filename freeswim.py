@@ -21,45 +21,44 @@ from model import full_attention
 # Inward windows (paper, section 3.2)
 
 
-def window_spans(length, window, clipped=False):
-    """For every position of an axis, the first position that it sees and the one after the last; int64 (length,) each.
+def window_spans(length, size, kind="inward"):
+    """For every position of an axis, the start and the end of what it sees; int64 (length,) each.
 
-    An inward window moves inward at a border and keeps its size; a clipped one is cut off. A window larger than the
+    An "inward" window moves inward at a border and keeps its size; a "clipped" one is cut off. A window larger than the
     axis sees all of it.
     """
-    position = torch.arange(length)
-    first = position - window // 2
-    if clipped:
-        return first.clamp(min=0), (first + window).clamp(max=length)
-    first = first.clamp(0, max(length - window, 0))
-    return first, (first + window).clamp(max=length)
+    start = torch.arange(length) - size // 2
+    if kind == "clipped":
+        return start.clamp(min=0), (start + size).clamp(max=length)
+    start = start.clamp(0, max(length - size, 0))
+    return start, (start + size).clamp(max=length)
 
 
-def inward_mask(height, width, window, clipped=False):
+def inward_mask(height, width, window, kind="inward"):
     """May a query position see a key position? bool (height * width, height * width), both row by row."""
 
     def axis(length, size):
-        first, end = window_spans(length, size, clipped)
+        start, end = window_spans(length, size, kind)
         key = torch.arange(length)
-        return (first[:, None] <= key) & (key < end[:, None])  # (query, key)
+        return (start[:, None] <= key) & (key < end[:, None])  # (query, key)
 
     rows, columns = axis(height, window[0]), axis(width, window[1])
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
 
 
-# The same function three times. Each of these prepares an attention: a function of query, key and value, each
+# The same function three times. Each of these prepares an `attend`: a function of query, key and value, each
 # (B, heads, N, head_dim) with tokens in (h, w, t) order.
 
 
-def dense_window(grid, window, scale=None, clipped=False, device="cpu"):
+def dense_window(grid, window, scale=None, kind="inward", device="cpu"):
     """Window attention to read and to test against: one mask of N x N. N = T*H*W must be small."""
     frames, height, width = grid
-    mask = inward_mask(height, width, window, clipped).to(device)
+    mask = inward_mask(height, width, window, kind).to(device)
     mask = mask.repeat_interleave(frames, 0).repeat_interleave(frames, 1)  # every frame sees every frame
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def tiled_window(grid, window, scale=None, clipped=False, device="cpu"):
+def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
     """Window attention on any device, without a mask: queries that share a window attend to it together.
 
     Of each axis, the positions near a border share one window and the others have their own. Memory is that of the
@@ -68,18 +67,18 @@ def tiled_window(grid, window, scale=None, clipped=False, device="cpu"):
     frames, height, width = grid
 
     def shared(length, size):
-        spans = list(zip(*(ends.tolist() for ends in window_spans(length, size, clipped))))
+        spans = list(zip(*(ends.tolist() for ends in window_spans(length, size, kind))))
         for span, run in itertools.groupby(range(length), key=spans.__getitem__):
             positions = list(run)
             yield slice(positions[0], positions[-1] + 1), slice(*span)
 
-    tiles = list(itertools.product(shared(height, window[0]), shared(width, window[1])))
+    groups = list(itertools.product(shared(height, window[0]), shared(width, window[1])))
 
-    def attention(query, key, value):
+    def attend(query, key, value):
         parts = (x.contiguous() for x in (query, key, value))  # many slices will be copied from them, in long runs
         query, key, value = (x.unflatten(2, (height, width, frames)) for x in parts)
         attended = torch.empty_like(query)  # (B, heads, H, W, T, head_dim)
-        for (rows, seen_rows), (columns, seen_columns) in tiles:
+        for (rows, seen_rows), (columns, seen_columns) in groups:
             attended[:, :, rows, columns] = F.scaled_dot_product_attention(
                 query[:, :, rows, columns].flatten(2, 4),
                 key[:, :, seen_rows, seen_columns].flatten(2, 4),
@@ -88,10 +87,10 @@ def tiled_window(grid, window, scale=None, clipped=False, device="cpu"):
             ).view_as(attended[:, :, rows, columns])
         return attended.flatten(2, 4)
 
-    return attention
+    return attend
 
 
-def flex_window(grid, window, scale=None, clipped=False, device="cuda"):
+def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
     """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask that it needs.
 
     The mask does not depend on time. With time innermost, a block of 128 tokens is a few positions over all frames,
@@ -100,22 +99,22 @@ def flex_window(grid, window, scale=None, clipped=False, device="cuda"):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     frames, height, width = grid
-    first_row, end_row = (ends.to(device) for ends in window_spans(height, window[0], clipped))
-    first_column, end_column = (ends.to(device) for ends in window_spans(width, window[1], clipped))
+    start_row, end_row = (ends.to(device) for ends in window_spans(height, window[0], kind))
+    start_column, end_column = (ends.to(device) for ends in window_spans(width, window[1], kind))
 
     def visible(batch, head, query, key):
         query, key = query // frames, key // frames  # from tokens to positions
         row, column = key // width, key % width
-        in_rows = (first_row[query // width] <= row) & (row < end_row[query // width])
-        return in_rows & (first_column[query % width] <= column) & (column < end_column[query % width])
+        in_rows = (start_row[query // width] <= row) & (row < end_row[query // width])
+        return in_rows & (start_column[query % width] <= column) & (column < end_column[query % width])
 
     tokens = frames * height * width
     # Compiled, both: run eagerly, either would materialise all N x N pairs. PyTorch compiles a function for 8 shapes
     # and then runs it eagerly without a word: hence the reset, and fullgraph, which makes that an error.
     torch.compiler.reset()
     block_mask = torch.compile(create_block_mask)(visible, None, None, tokens, tokens, device=device)
-    attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda query, key, value: attention(query, key, value, block_mask=block_mask, scale=scale)
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return lambda query, key, value: attend(query, key, value, block_mask=block_mask, scale=scale)
 
 
 def attention_scale(head_dim, native_tokens):
@@ -128,22 +127,22 @@ def attention_scale(head_dim, native_tokens):
 # The dual path with cross-attention override (paper, section 3.3 and Figure 2)
 
 
-def predict(transformer, latents, timestep, text, window, full=None, features=None):
+def predict(transformer, latents, timestep, text, attend_window, attend_full=None, features=None):
     """The velocity that the window path predicts, float32, in the shape of `latents`, (B, 16, T, 2H, 2W).
 
-    `timestep` is (B,), `text` (B, L, text_dim); `window` and `full` are the two paths' self-attentions.
+    `timestep` is (B,), `text` (B, L, text_dim); `attend_window` and `attend_full` are the two paths' self-attentions.
 
-    With `full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
-    window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without `full`, those of
+    With `attend_full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
+    window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without it, those of
     `features` take it. Without either, the window path has its own.
     """
     _, _, frames, height, width = latents.shape
     window_tokens, time, modulation, text, rotary = transformer.embed(latents, timestep, text)
     full_tokens = window_tokens  # both paths start from the same latents
     for index, block in enumerate(transformer.blocks):
-        window_tokens = block.self_attention(window_tokens, modulation, rotary, window)
-        if full is not None:
-            full_tokens = block.self_attention(full_tokens, modulation, rotary, full)
+        window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
+        if attend_full is not None:
+            full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
             content = block.cross_attention(full_tokens, text)
             if index + 1 < len(transformer.blocks):  # what follows the last cross-attention is never used
                 full_tokens = block.feed_forward(full_tokens + content, modulation)
@@ -241,20 +240,18 @@ def log_snr(sigma):
 
 @torch.no_grad()
 def generate(transformer, text, negative, shape, *, steps=50, flow_shift=3.0, guidance=5.0, generator=None,
-             on_step=None):
+             progress=iter):
     """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native size.
 
     `text` and `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed gives the same noise on
-    every device. `on_step(step, latents)` is called after every step.
+    every device. `progress` may wrap the list of steps, as tqdm does.
     """
     solver = FlowUniPC(steps, flow_shift)
     latents = torch.randn(shape, generator=generator).to(text.device)
-    for step, t in enumerate(solver.timesteps):
+    for t in progress(solver.timesteps):
         timestep = torch.full(shape[:1], t, device=text.device)
         velocity, unguided = (transformer(latents, timestep, prompt) for prompt in (text, negative))
         latents = solver.step(unguided + guidance * (velocity - unguided), latents)
-        if on_step is not None:
-            on_step(step, latents)
     return latents
 
 
@@ -267,32 +264,32 @@ def upsample(video, height, width):
 
 @torch.no_grad()
 def refine(transformer, latents, text, negative, *, native, steps=50, strength=0.7, flow_shift=9.0, guidance=5.0,
-           cache_interval=None, scale_tokens=None, generator=None, window="inward", override=True, on_step=None,
+           cache_interval=None, scale_tokens=None, generator=None, kind="inward", override=True, progress=iter,
            state=None, save=None):
     """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip, encoded and clean.
 
-    `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and `on_step` are as in
+    `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and `progress` are as in
     `generate`. The last int(steps * strength) steps run. Both paths' self-attentions are scaled for `scale_tokens`
     tokens per frame, by default the native ones.
 
     `cache_interval=None` runs both paths at every step, for the negative prompt too. With k, the full path runs every
     k steps, for the prompt only, and its features serve until the next; the negative prompt's window path has its own
-    cross-attention (paper, section 3.4). `window` may also be "clipped" or "full", and `override` off, to see what
-    each ingredient does. Raises ValueError if no step remains, or for another `window`.
+    cross-attention (paper, section 3.4). The window's `kind` may also be "clipped" or "full", and `override` off, to
+    see what each ingredient does. Raises ValueError if no step remains, or for another `kind`.
 
-    `save(state)` is called with a dict of tensors whenever the cache is about to be refreshed, or every five steps;
-    with that `state`, a later call goes on from there, and gives the same latents.
+    `save(state)` is called with a dict of tensors before every step at which no kept features are needed; with that
+    `state`, a later call goes on from there, and gives the same latents.
     """
-    if window not in ("inward", "clipped", "full"):
-        raise ValueError(f"window is {window!r}, but should be 'inward', 'clipped' or 'full'")
+    if kind not in ("inward", "clipped", "full"):
+        raise ValueError(f"kind is {kind!r}, but should be 'inward', 'clipped' or 'full'")
     solver = FlowUniPC(steps, flow_shift, strength)
     batch, _, frames, height, width = latents.shape
     scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
-    full = windowed = partial(full_attention, scale=scale)
-    if window != "full":
-        prepare = flex_window if latents.is_cuda else tiled_window
-        size = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
-        windowed = prepare((frames, height // 2, width // 2), size, scale, window == "clipped", latents.device)
+    attend_full = attend_window = partial(full_attention, scale=scale)
+    if kind != "full":
+        prepare = flex_window if latents.is_cuda else grouped_window
+        window = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
+        attend_window = prepare((frames, height // 2, width // 2), window, scale, kind, latents.device)
 
     if state is None:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -300,15 +297,14 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     else:
         latents = solver.resume(state)
     features = {} if override and cache_interval else None
-    for step, t in list(enumerate(solver.timesteps))[solver.index :]:
-        if save is not None and step % (cache_interval or 5) == 0:
+    for step, t in progress(list(enumerate(solver.timesteps))[solver.index :]):
+        renewed = step % (cache_interval or 1) == 0
+        if save is not None and renewed:
             save(solver.state(latents))
         timestep = torch.full((batch,), t, device=latents.device)
-        dual = full if override and step % (cache_interval or 1) == 0 else None
-        velocity = predict(transformer, latents, timestep, text, windowed, dual, features)
-        dual = full if override and not cache_interval else None
-        unguided = predict(transformer, latents, timestep, negative, windowed, dual)
+        dual = attend_full if override and renewed else None
+        velocity = predict(transformer, latents, timestep, text, attend_window, dual, features)
+        dual = attend_full if override and not cache_interval else None
+        unguided = predict(transformer, latents, timestep, negative, attend_window, dual)
         latents = solver.step(unguided + guidance * (velocity - unguided), latents)
-        if on_step is not None:
-            on_step(step, latents)
     return latents

@@ -12,29 +12,29 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def seen(position, length, window, clipped=False):
-    """The positions that a query at `position` sees on an axis of `length`: of all runs of min(window, length) the one
-    whose centre is nearest; or, `clipped`, whatever of the centred window lies on the axis."""
-    if clipped:
-        return [other for other in range(length) if abs(other - position) <= window // 2]
-    size = min(window, length)
+def seen(position, length, size, kind="inward"):
+    """The positions that a query at `position` sees on an axis of `length`: of all runs of min(size, length) the one
+    whose centre is nearest; or, if "clipped", whatever of the centred window lies on the axis."""
+    if kind == "clipped":
+        return [other for other in range(length) if abs(other - position) <= size // 2]
+    size = min(size, length)
     runs = [range(start, start + size) for start in range(length - size + 1)]
     return list(min(runs, key=lambda run: abs(run[0] + run[-1] - 2 * position)))
 
 
-def window_mask(height, width, window, clipped=False):
+def window_mask(height, width, window, kind="inward"):
     """May the query token see the key token? bool (height*width, height*width), filled in query by query."""
     mask = torch.zeros(height, width, height, width, dtype=torch.bool)
     for row, column in product(range(height), range(width)):
-        rows, columns = seen(row, height, window[0], clipped), seen(column, width, window[1], clipped)
+        rows, columns = seen(row, height, window[0], kind), seen(column, width, window[1], kind)
         mask[row, column, torch.tensor(rows)[:, None], torch.tensor(columns)] = True
     return mask.flatten(2).flatten(0, 1)
 
 
-def token_mask(grid, window, clipped=False):
+def token_mask(grid, window, kind="inward"):
     """`window_mask` for the tokens of a clip, `grid` = (T, H, W), in (h, w, t) order: time is never windowed."""
     frames, height, width = grid
-    mask = window_mask(height, width, window, clipped)
+    mask = window_mask(height, width, window, kind)
     return mask.repeat_interleave(frames, dim=0).repeat_interleave(frames, dim=1)
 
 

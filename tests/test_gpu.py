@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import relative, token_mask, window_attention
-from test_method import REFINEMENTS, load, refined
+from references import REFINEMENTS, interval_of, load, refined
 
-from freeswim import flex_window, tiled_window
+from freeswim import flex_window, grouped_window
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,7 +23,7 @@ def tokens(grid, head_dim, heads=3):
     return torch.randn(3, 2, heads, frames * height * width, head_dim, generator=draw).cuda()
 
 
-@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
 @pytest.mark.parametrize(
     "grid, window, head_dim",
     [
@@ -36,21 +36,21 @@ def tokens(grid, head_dim, heads=3):
         ((21, 9, 8), (5, 5), 128),
     ],
 )
-def test_flex_window_is_the_textbooks(grid, window, head_dim, clipped):
+def test_flex_window_is_the_textbooks(grid, window, head_dim, kind):
     query, key, value = tokens(grid, head_dim)
-    expected = window_attention(query, key, value, token_mask(grid, window, clipped).cuda(), scale=0.37)
-    attend = flex_window(grid, window, scale=0.37, clipped=clipped, device="cuda")
+    expected = window_attention(query, key, value, token_mask(grid, window, kind).cuda(), scale=0.37)
+    attend = flex_window(grid, window, scale=0.37, kind=kind, device="cuda")
     assert relative(attend(query, key, value), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
 @pytest.mark.parametrize("grid, window, head_dim", [((21, 9, 8), (5, 5), 32), ((5, 45, 60), (31, 53), 128)])
-def test_flex_window_in_bfloat16(grid, window, head_dim, clipped):
+def test_flex_window_in_bfloat16(grid, window, head_dim, kind):
     query, key, value = tokens(grid, head_dim, heads=1)
-    mask = token_mask(grid, window, clipped).cuda()
+    mask = token_mask(grid, window, kind).cuda()
     expected = window_attention(query, key, value, mask)
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    attended = flex_window(grid, window, clipped=clipped, device="cuda")(query, key, value)
+    attended = flex_window(grid, window, kind=kind, device="cuda")(query, key, value)
     assert attended.dtype == torch.bfloat16
     error = relative(attended, expected)
     assert error <= 1e-2
@@ -58,7 +58,7 @@ def test_flex_window_in_bfloat16(grid, window, head_dim, clipped):
 
 
 def test_flex_window_at_the_size_it_is_for(monkeypatch):
-    """1088 x 1920 x 81: equal to the tiles, and far from holding a mask of (T*H*W)^2, which would take 27 GiB; even
+    """1088 x 1920 x 81: equal to the groups, and far from holding a mask of (T*H*W)^2, which would take 27 GiB; even
     after more grids than torch.compile, unasked, compiles one function for."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     flex_window((1, 4, 8), (3, 3), device="cuda")(*tokens((1, 4, 8), head_dim=16))
@@ -68,15 +68,13 @@ def test_flex_window_at_the_size_it_is_for(monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     attended = flex_window(grid, window, device="cuda")(query, key, value)
     assert torch.cuda.max_memory_allocated() - before <= 2 * 2**30
-    assert relative(attended, tiled_window(grid, window, device="cuda")(query, key, value)) <= 1e-2
+    assert relative(attended, grouped_window(grid, window, device="cuda")(query, key, value)) <= 1e-2
 
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(name, tensor):
     case = load(name)
-    kind = tensor.removesuffix(".latents")
-    interval = None if kind == "nocache" else int(kind.removeprefix("cache"))
     result = case.expected[tensor]
     case.transformer.cuda()
     case.expected = {key: value.cuda() for key, value in case.expected.items()}
-    assert relative(refined(case, cache_interval=interval), result) <= 1e-3
+    assert relative(refined(case, cache_interval=interval_of(tensor)), result) <= 1e-3

@@ -3,48 +3,15 @@
 `reference/wide` and `reference/odd` hold what the authors' code computed, in float32 on a CPU, with two tiny random
 models. The authors hard-code 1560 native tokens, whatever the model; so `scale_tokens` is 1560 here.
 """
-import json
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import relative
-from safetensors import safe_open
-from safetensors.torch import load_file
+from references import REFINEMENTS, as_clip, interval_of, load, names, refined
 
-from freeswim import FlowUniPC, attention_scale, dense_window, predict, refine, upsample
-from model import WanTransformer, WanVAE, full_attention
-
-REFERENCE = Path(__file__).parent / "reference"
-
-
-def names(case):
-    with safe_open(REFERENCE / case / "expected.safetensors", "pt") as tensors:
-        return sorted(tensors.keys())
-
-
-REFINEMENTS = [(case, name) for case in ("wide", "odd") for name in names(case) if name.endswith(".latents")]
-
-
-def load(name):
-    """A reference set: its models, its expected tensors, and what the authors' settings make of them."""
-    folder = REFERENCE / name
-    meta = json.loads((folder / "meta.json").read_text())
-    transformer = WanTransformer.from_pretrained(folder / "transformer")
-    scale = attention_scale(transformer.config["attention_head_dim"], meta["attention_base_tokens"])
-    window = tuple(2 * (size // 2) + 1 for size in meta["native"])
-    return SimpleNamespace(
-        meta=meta,
-        expected=load_file(folder / "expected.safetensors"),
-        transformer=transformer,
-        vae=WanVAE.from_pretrained(folder / "vae"),
-        window_size=window,
-        window=dense_window(tuple(meta["grid"]), window, scale=scale),
-        full=partial(full_attention, scale=scale),
-    )
-
+from freeswim import FlowUniPC, attention_scale, dense_window, predict, upsample
+from model import full_attention
 
 @pytest.fixture(scope="module")
 def sets():
@@ -54,27 +21,6 @@ def sets():
 @pytest.fixture(params=["wide", "odd"])
 def case(request, sets):
     return sets[request.param]
-
-
-def refined(case, latents=None, **options):
-    """The refinement with the settings of the reference set, but for `options`."""
-    meta, expected = case.meta, case.expected
-    settings = {
-        "native": tuple(meta["native"]),
-        "steps": meta["steps"],
-        "strength": meta["strength"],
-        "flow_shift": meta["flow_shift"],
-        "guidance": meta["guidance"],
-        "scale_tokens": meta["attention_base_tokens"],
-        "generator": torch.Generator().manual_seed(meta["noise_seed"]),
-    }
-    latents = expected["encoded"] if latents is None else latents
-    return refine(case.transformer, latents, expected["text"], expected["negative"], **(settings | options))
-
-
-def as_clip(video):
-    """uint8 (F, H, W, 3) to (1, 3, F, H, W) in [-1, 1]."""
-    return video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,9 +34,9 @@ def test_single_passes(case):
     features = {}
     passes = {
         "dual_full": case.transformer(*now, expected["text"], case.full),
-        "dual_window": run(*now, expected["text"], case.window, full=case.full),
-        "dual_window_negative": run(*now, expected["negative"], case.window, full=case.full),
-        "guide_window": run(*now, expected["text"], case.window, full=case.full, features=features),
+        "dual_window": run(*now, expected["text"], case.window, attend_full=case.full),
+        "dual_window_negative": run(*now, expected["negative"], case.window, attend_full=case.full),
+        "guide_window": run(*now, expected["text"], case.window, attend_full=case.full, features=features),
         "reuse_window": run(*later, expected["text"], case.window, features=features),
         "window_only_negative": run(*later, expected["negative"], case.window),
     }
@@ -99,18 +45,17 @@ def test_single_passes(case):
 
 
 def test_every_step_without_cache(case):
-    trace = []
-    refined(case, on_step=lambda step, latents: trace.append((step, latents.clone())))
-    assert [step for step, _ in trace] == list(range(len(case.expected["nocache.trace"])))
-    errors = [relative(latents[0], step) for (_, latents), step in zip(trace, case.expected["nocache.trace"])]
+    states, steps = [], []
+    end = refined(case, save=states.append, progress=lambda all_steps: steps.extend(all_steps) or all_steps)
+    assert [int(state["step"]) for state in states] == list(range(len(case.expected["nocache.trace"]))) and steps
+    trace = [state["latents"] for state in states[1:]] + [end]
+    errors = [relative(latents[0], step) for latents, step in zip(trace, case.expected["nocache.trace"], strict=True)]
     assert all(error <= 1e-3 for error in errors), errors
 
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(sets, name, tensor):
-    kind = tensor.removesuffix(".latents")
-    interval = None if kind == "nocache" else int(kind.removeprefix("cache"))
-    assert relative(refined(sets[name], cache_interval=interval), sets[name].expected[tensor]) <= 1e-3
+    assert relative(refined(sets[name], cache_interval=interval_of(tensor)), sets[name].expected[tensor]) <= 1e-3
 
 
 def test_schedule_and_first_noise(case):
@@ -153,8 +98,8 @@ def test_every_reference_tensor_is_used():
     "change",
     [
         {"override": False},
-        {"window": "full"},
-        {"window": "clipped"},
+        {"kind": "full"},
+        {"kind": "clipped"},
         {"scale_tokens": 2},
         {"cache_interval": 1},
         {"cache_interval": 3},
@@ -175,9 +120,9 @@ def test_a_slightly_wrong_scale_matters(case):
         window = dense_window(tuple(case.meta["grid"]), case.window_size, scale=wrong)
         full = partial(full_attention, scale=wrong)
         inputs = expected["latents"], expected["timestep"], expected["text"]
-        assert relative(predict(case.transformer, *inputs, window, full=full), expected["dual_window"]) > 1e-3
-        assert relative(predict(case.transformer, *inputs, case.window, full=full), expected["dual_window"]) > 1e-3
-        assert relative(predict(case.transformer, *inputs, window, full=case.full), expected["dual_window"]) > 1e-3
+        assert relative(predict(case.transformer, *inputs, window, attend_full=full), expected["dual_window"]) > 1e-3
+        assert relative(predict(case.transformer, *inputs, case.window, attend_full=full), expected["dual_window"]) > 1e-3
+        assert relative(predict(case.transformer, *inputs, window, attend_full=case.full), expected["dual_window"]) > 1e-3
 
 
 @pytest.mark.parametrize("head_dim, native_tokens", [(128, 1560), (20, 1560), (64, 8)])
@@ -192,8 +137,8 @@ def test_attention_scale_is_the_papers(head_dim, native_tokens):
 
 def test_features_are_only_read(case):
     expected, features = case.expected, {}
-    run = partial(predict, case.transformer, text=expected["text"], window=case.window)
-    guide = run(expected["latents"], expected["timestep"], full=case.full, features=features)
+    run = partial(predict, case.transformer, text=expected["text"], attend_window=case.window)
+    guide = run(expected["latents"], expected["timestep"], attend_full=case.full, features=features)
     assert len(features) == case.transformer.config["num_layers"]
     kept = {block: tensor.clone() for block, tensor in features.items()}
     latents = expected["latents_next"].clone()
@@ -203,9 +148,9 @@ def test_features_are_only_read(case):
     assert features.keys() == kept.keys()
     assert all(torch.equal(features[block], kept[block]) for block in kept)
     # A second caching step replaces every one of them, and none of the first has a part in it.
-    run(expected["latents_next"], expected["timestep_next"], full=case.full, features=features)
+    run(expected["latents_next"], expected["timestep_next"], attend_full=case.full, features=features)
     assert not any(torch.equal(features[block], kept[block]) for block in kept)
-    again = run(expected["latents"], expected["timestep"], full=case.full, features=features)
+    again = run(expected["latents"], expected["timestep"], attend_full=case.full, features=features)
     assert torch.equal(again, guide)
     assert all(torch.equal(features[block], kept[block]) for block in kept)
 
@@ -225,10 +170,10 @@ def test_clips_of_a_batch_do_not_mix(case):
     timestep = torch.cat([expected["timestep"], expected["timestep_next"]])
     text = torch.cat([expected["text"], expected["negative"]])
     features = {}
-    for options in ({}, {"full": case.full, "features": features}, {"features": features}):
+    for options in ({}, {"attend_full": case.full, "features": features}, {"features": features}):
         together = predict(case.transformer, latents, timestep, text, case.window, **options)
         for clip in (slice(0, 1), slice(1, 2)):
-            mine = options | ({"features": {}} if "full" in options else {})
+            mine = options | ({"features": {}} if "attend_full" in options else {})
             if options.keys() == {"features"}:
                 mine = {"features": {block: tensor[clip] for block, tensor in features.items()}}
             alone = predict(case.transformer, latents[clip], timestep[clip], text[clip], case.window, **mine)

@@ -1,16 +1,13 @@
 """The flow solver and the base generation against Diffusers."""
-from pathlib import Path
-
 import pytest
 import torch
 from oracle import relative
+from references import REFERENCE
 
 from freeswim import FlowUniPC, generate
 from model import WanTransformer
 
 diffusers = pytest.importorskip("diffusers")
-
-REFERENCE = Path(__file__).parent / "reference"
 
 SCHEDULES = [
     (steps, flow_shift, strength)
@@ -93,7 +90,7 @@ def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance)
     ).frames
 
     transformer = WanTransformer.from_pretrained(folder)
-    seen = []
+    wrapped = []
     latents = generate(
         transformer,
         text,
@@ -103,7 +100,7 @@ def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance)
         flow_shift=flow_shift,
         guidance=guidance,
         generator=torch.Generator().manual_seed(11),
-        on_step=lambda step, latents: seen.append(step),
+        progress=lambda steps: wrapped.extend(steps) or steps,
     )
     assert relative(latents, expected) <= 1e-4
-    assert seen == list(range(steps))
+    assert len(wrapped) == steps

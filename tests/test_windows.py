@@ -1,17 +1,13 @@
 """The windows: the mask by its definition, and window attention, fast and slow, against a textbook's."""
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from oracle import relative, seen, token_mask, window_attention, window_mask
-from safetensors.torch import load_file
+from references import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freeswim import dense_window, inward_mask, tiled_window
-
-REFERENCE = Path(__file__).parent / "reference"
+from freeswim import dense_window, inward_mask, grouped_window
 
 # (grid (T, H, W), window (rows, cols)): ordinary, odd sizes, windows larger than one axis or both, single tokens.
 CASES = [
@@ -35,12 +31,10 @@ CASES = [
 
 @pytest.mark.parametrize("name", ["wide", "odd"])
 def test_mask_is_the_authors(name):
-    meta = json.loads((REFERENCE / name / "meta.json").read_text())
-    window = tuple(2 * (size // 2) + 1 for size in meta["native"])
-    expected = load_file(REFERENCE / name / "expected.safetensors")["mask"].bool()
-    mask = inward_mask(*meta["grid"][1:], window)
+    case = load(name)
+    mask = inward_mask(*case.meta["grid"][1:], case.window_size)
     assert mask.dtype == torch.bool
-    assert torch.equal(mask, expected)
+    assert torch.equal(mask, case.expected["mask"].bool())
 
 
 def random_windows(count):
@@ -72,16 +66,16 @@ def test_mask_keeps_its_definition(height, width, window):
             assert positions.tolist() == seen(own, length, size)  # and so the tests' own oracle
 
 
-@pytest.mark.parametrize("builder", [dense_window, tiled_window])
-@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("builder", [dense_window, grouped_window])
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
 @pytest.mark.parametrize("grid, window", CASES)
-def test_window_attention_is_the_textbooks(builder, grid, window, clipped):
+def test_window_attention_is_the_textbooks(builder, grid, window, kind):
     frames, height, width = grid
     draw = torch.Generator().manual_seed(1)
     query, key, value = torch.randn(3, 2, 3, frames * height * width, 20, generator=draw)
     for scale in (None, 0.37):
-        expected = window_attention(query, key, value, token_mask(grid, window, clipped), scale)
-        attended = builder(grid, window, scale=scale, clipped=clipped)(query, key, value)
+        expected = window_attention(query, key, value, token_mask(grid, window, kind), scale)
+        attended = builder(grid, window, scale=scale, kind=kind)(query, key, value)
         assert attended.dtype == torch.float32
         assert relative(attended, expected) <= 1e-5
 
@@ -99,22 +93,22 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("clipped", [False, True])
-def test_tiles_never_hold_the_mask_of_the_whole_clip(clipped):
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
+def test_groups_never_hold_the_mask_of_the_whole_clip(kind):
     grid, window = (3, 48, 48), (5, 7)
     tokens = 3 * 48 * 48
     query, key, value = torch.randn(3, 1, 1, tokens, 8)
     with LargestTensor() as dense:
-        slow = dense_window(grid, window, clipped=clipped)(query, key, value)
-    with LargestTensor() as tiled:
-        fast = tiled_window(grid, window, clipped=clipped)(query, key, value)
+        slow = dense_window(grid, window, kind=kind)(query, key, value)
+    with LargestTensor() as grouped:
+        fast = grouped_window(grid, window, kind=kind)(query, key, value)
     assert dense.elements >= tokens**2  # the measure does see a mask
-    assert tiled.elements <= tokens**2 / 20
+    assert grouped.elements <= tokens**2 / 20
     assert relative(fast, slow) <= 1e-5
 
 
 def test_clipped_and_inward_differ_at_the_border_only():
-    inward, clipped = inward_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), clipped=True)
+    inward, clipped = inward_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), "clipped")
     same = (inward == clipped).all(dim=1).view(9, 12)
     inside = torch.zeros(9, 12, dtype=torch.bool)
     inside[2:-2, 3:-3] = True

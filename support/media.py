@@ -1,0 +1,108 @@
+"""Clips and pictures: read, cropped, written, compared.
+
+A clip that was read is uint8 (F, H, W, 3); a video is (1, 3, F, H, W) in [-1, 1], as model.WanVAE has it. It becomes
+bytes frame by frame, on the CPU, so that no second copy of it is ever held.
+"""
+from itertools import islice
+from pathlib import Path
+
+import imageio.v2 as imageio
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
+
+
+def read_clip(file, count):
+    """The first `count` frames of a video or picture, its frames per second (None for a picture), and how many frames
+    it has in all. Transparent parts are shown on black. Raises ValueError for what is not a clip."""
+    file = Path(file).absolute()
+    if not file.is_file():
+        what = "a folder" if file.is_dir() else "no file" if not file.exists() else "no ordinary file"
+        raise ValueError(f"--base-video {file}: is {what}; give a video or a picture")
+    try:
+        with Image.open(file) as image:
+            frames = [np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), frame.convert("RGBA")))
+                      for frame in islice(ImageSequence.Iterator(image), count)]
+            milliseconds, total = image.info.get("duration"), getattr(image, "n_frames", 1)
+        return torch.from_numpy(np.stack(frames)[..., :3].copy()), milliseconds and 1000 / milliseconds, total
+    except UnidentifiedImageError:
+        pass  # a video, most likely
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
+    try:
+        reader = imageio_ffmpeg.read_frames(str(file))
+        (width, height), fps = (about := next(reader))["size"], about["fps"]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, count)]
+        reader.close()
+        total, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
+        return torch.from_numpy(np.stack(frames)), fps, max(total, len(frames))
+    except (OSError, RuntimeError, ValueError, StopIteration, KeyError) as error:
+        reason = (str(error).strip().splitlines() or ["no frame"])[-1]
+        raise ValueError(f"--base-video {file}: cannot be read as a video ({reason[:200]})") from None
+
+
+def crop(pixels, height, width):
+    """The middle of pixels (..., H, W): the largest part that has the proportions of `height` to `width`."""
+    rows, columns = pixels.shape[-2:]
+    new_rows = min(rows, round(columns * height / width))
+    new_columns = min(columns, round(rows * width / height))
+    top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
+    return pixels[..., top : top + new_rows, left : left + new_columns]
+
+
+def pad(video, height, width):
+    """A video with its outermost pixels repeated on all sides, evenly, until it is `height` x `width`."""
+    rows, columns = height - video.shape[-2], width - video.shape[-1]
+    return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2, 0, 0), mode="replicate")
+
+
+def unpad(video, height, width):
+    """The middle of a video, `height` x `width`."""
+    top, left = (video.shape[-2] - height) // 2, (video.shape[-1] - width) // 2
+    return video[..., top : top + height, left : left + width]
+
+
+def to_video(clip):
+    return clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def to_frame(video, index):
+    """Frame `index` of a video, uint8 (H, W, 3)."""
+    return ((video[0, :, index].float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def write_video(file, video, fps):
+    """H.264, or for a single frame PNG."""
+    if Path(file).suffix == ".png":
+        return Image.fromarray(to_frame(video, 0)).save(file)
+    with imageio.get_writer(file, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=9,
+                            macro_block_size=1) as writer:
+        for index in range(video.shape[2]):
+            writer.append_data(to_frame(video, index))
+
+
+def sample_frames(video):
+    """The first, the middle and the last frame."""
+    return [to_frame(video, index) for index in (0, video.shape[2] // 2, -1)]
+
+
+def comparison(clips):
+    """One picture of {label: frames (H, W, 3)}: a strip each, of the frames and an enlarged part of the middle one. The
+    part is where the last clip's middle frame has the strongest edges, a third of the frame high and wide."""
+    frames = list(clips.values())[-1]
+    height, width, _ = frames[0].shape
+    luma = torch.from_numpy(frames[len(frames) // 2]).float().mean(-1)
+    edges = (luma[1:, 1:] - luma[:-1, 1:]).abs() + (luma[1:, 1:] - luma[1:, :-1]).abs()
+    energy = F.avg_pool2d(edges[None, None], (height // 3, width // 3), stride=8)[0, 0]
+    y, x = (8 * int(i) for i in divmod(int(energy.argmax()), energy.shape[1]))
+    strips = []
+    for label, frames in clips.items():
+        part = frames[len(frames) // 2][y : y + height // 3, x : x + width // 3]
+        part = Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST)
+        strip = Image.fromarray(np.concatenate([*frames, np.asarray(part)], axis=1))
+        font = ImageFont.load_default(max(height // 16, 8))
+        ImageDraw.Draw(strip).text((8, 4), label, "white", font, stroke_width=2, stroke_fill="black")
+        strips.append(np.asarray(strip))
+    return Image.fromarray(np.concatenate(strips))

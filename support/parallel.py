@@ -1,0 +1,159 @@
+"""Several GPUs, one process each, started by torchrun; whoever has one GPU need not read this.
+
+Every process (rank) holds the latents and runs the solver, but only its share of the tokens. Self-attention alone needs
+them all: before it, an all-to-all trades tokens for heads, and after it another one trades back (DeepSpeed-Ulysses,
+arXiv 2309.14509), so that the attention, whichever it is, sees all tokens of its heads. Shares need not be equal.
+"""
+import math
+import os
+from collections import deque
+from datetime import timedelta
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from model import Block, WanTransformer, WanVAE, build, find_weights, read_weights
+
+
+def shares(length):
+    """How many of `length` items each rank has; they differ by one at most."""
+    ranks = dist.get_world_size()
+    return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
+
+
+def gather(x, length):
+    """The whole of `x`, (B, share, D), in every rank: (B, length, D)."""
+    padded = F.pad(x, (0, 0, 0, max(shares(length)) - x.shape[1])).contiguous()  # all-gather wants equal shares
+    parts = [torch.empty_like(padded) for _ in shares(length)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:, :share] for part, share in zip(parts, shares(length))], dim=1)
+
+
+def trade(x, given, taken, length):
+    """Trade with all ranks: dimension `given` of `x` is whole here and dealt out; of dimension `taken` each rank has a
+    share and gets the whole, `length` long."""
+    parts = x.tensor_split(dist.get_world_size(), given)
+    shape = list(parts[dist.get_rank()].shape)
+    shapes = [shape[:taken] + [share] + shape[taken + 1 :] for share in shares(length)]
+    sizes, sent = [math.prod(shape) for shape in shapes], torch.cat([part.flatten() for part in parts])
+    received = x.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes)], taken)
+
+
+class SharedBlock(Block):
+    """A block that works on this rank's tokens. All blocks know `shared`: `length`, the tokens of all ranks, and `ring`,
+    all blocks, if their weights are spread too: the one that has all of its weights, the next one, and so on."""
+
+    def self_attention(self, tokens, modulation, rotary, attend):
+        ring = self.shared.ring
+        if ring:
+            while ring[0] is not self:
+                ring[0].reshard()
+                ring.rotate(-1)
+            self.unshard()  # the weights are on their way since the last block began; now send for the next one's
+            ring[1 % len(ring)].unshard(async_op=True)
+
+        def on_my_heads(query, key, value):
+            query, key, value = (trade(x, 1, 2, self.shared.length) for x in (query, key, value))
+            attended = attend(query, key, value) if query.shape[1] > 0 else query  # (B, my heads, N, head_dim)
+            return trade(attended, 2, 1, self.self_attn.heads)
+
+        return super().self_attention(tokens, modulation, rotary, on_my_heads)
+
+
+class SharedTransformer(WanTransformer):
+    """A transformer whose work the ranks share. More ranks than heads work, but gain little."""
+
+    block = SharedBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.shared = SimpleNamespace(length=0, ring=deque())
+        for block in self.blocks:
+            block.shared = self.shared
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, shard=False):
+        """With `shard`, the blocks' weights are spread over the ranks too (FSDP2), read one block at a time."""
+        if not shard:
+            return super().from_pretrained(folder, device, dtype)
+        from torch.distributed.fsdp import fully_shard  # takes a second, which only those who use it should wait
+
+        transformer = build(cls, folder)
+        sources = find_weights(transformer, folder)
+        mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        for index, block in enumerate(transformer.blocks):
+            read_weights(transformer, sources, device, dtype, f"blocks.{index}.")
+            fully_shard(block, mesh=mesh)
+        others = {name: source for name, source in sources.items() if not name.startswith("blocks.")}
+        transformer.shared.ring.extend(transformer.blocks)
+        return read_weights(transformer, others, device, dtype)
+
+    def embed(self, latents, timestep, text):
+        tokens, *rest, rotary = super().embed(latents, timestep, text)
+        self.shared.length = tokens.shape[1]
+        share = lambda x, dim: x.tensor_split(dist.get_world_size(), dim)[dist.get_rank()]  # noqa: E731
+        return share(tokens, 1), *rest, [share(table, 0) for table in rotary]
+
+    def unembed(self, tokens, time, grid):
+        return super().unembed(gather(tokens, math.prod(grid)), time, grid)
+
+
+class SharedVAE(WanVAE):
+    """A VAE whose tiles the ranks share; every rank gets the whole result."""
+
+    def tiles(self, *frame):
+        return super().tiles(*frame)[dist.get_rank() :: dist.get_world_size()]
+
+    def total(self, canvas):
+        dist.all_reduce(canvas)
+        return canvas
+
+
+# The processes. All of these do the obvious when there is one.
+
+
+def start():
+    """Join the others, if torchrun has started several. They wait for one another as long as it takes."""
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=30))
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def device_of(name):
+    """The device of this process: of several on a host, each has its own GPU."""
+    if name == "cuda" and dist.is_initialized():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+def from_first(compute):
+    """What `compute` gives in the first process, in every process. If it fails there, all end, and the first tells."""
+    if not dist.is_initialized():
+        return compute()
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = compute()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, device="cpu")
+    if outcome[1] is None:
+        return outcome[0]
+    raise outcome[1] if rank() == 0 else SystemExit(2)
+
+
+def once_per_host(compute):
+    """What `compute` gives, in every process, but first in one of each host: the others then find its work done."""
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = compute() if leads else None
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier
+    return result if leads else compute()
