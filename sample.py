@@ -6,6 +6,14 @@
     torchrun --nproc-per-node 8 sample.py …                                one run on the GPUs of a machine
 
 Whatever a run has computed is in the folder `state` of its output, so that nothing is computed twice.
+
+The bundled model knows the words: a and above bubbles fish floor large left orange pink plain purple red right sandy
+seaweed small spotted striped swim swims two with yellow. Try
+    a large red striped fish swims right above a sandy floor with bubbles
+    a small yellow plain fish swims left above a sandy floor with seaweed
+    a large pink spotted fish swims left above a sandy floor
+    a small red spotted fish swims left and a large yellow plain fish swims right above a sandy floor with seaweed
+    a large purple striped fish swims left and a small orange plain fish swims right above a sandy floor with bubbles
 """
 import os
 import signal
@@ -24,9 +32,8 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
-import math
 import platform
-import shutil
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +43,8 @@ from huggingface_hub import snapshot_download
 
 import freeswim
 import model
-from support import media, parallel
-from support.run import RESULTS, Run, read_record
+from support import checks, media, parallel
+from support.run import Run
 
 
 @dataclass
@@ -62,7 +69,6 @@ CAT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight int
 BLUR = "overexposed, static, blurred details, subtitles, worst quality, low quality, deformed, still picture, cluttered"
 FISH = ("a small orange striped fish swims right and a small purple spotted fish swims left above a sandy floor with "
         "seaweed and bubbles")
-
 PRESETS = {  # by the width of the transformer, in channels
     240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.5, guidance=3.5,
                 text_length=32, tall=False, prompt=FISH, negative_prompt=""),  # the bundled one
@@ -75,6 +81,7 @@ REVISIONS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "0fad780a534b6463e45facd96134c9f345acfa5b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
 }
+PARTS = {"transformer": model.WanTransformer, "text_encoder": model.TextEncoder, "vae": model.WanVAE}
 COMPARED = {  # with --compare: what each ingredient does
     "full attention": dict(kind="full", override=False),
     "clipped window": dict(kind="clipped", override=False),
@@ -82,10 +89,10 @@ COMPARED = {  # with --compare: what each ingredient does
 }
 
 
-def fail(message):
-    """One line that names the value and the mend; exit status 2."""
-    print(f"sample.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, status=2):
+    """One line that names the value and the mend."""
+    print(f"sample.py: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def parse_arguments():
@@ -136,60 +143,77 @@ def download(name, weights=True):
     try:
         return Path(snapshot_download(name, revision=REVISIONS.get(name), allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: no such model on the hub, or the hub cannot be reached "
-                         f"({type(error).__name__}); check the id, or give a folder") from None
+        raise ValueError(f"--model {name}: cannot be fetched from the hub ({error!r:.200}); check the id, or give a folder"
+                         ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is checked before anything is loaded, fetched or written
 
+ELSEWHERE = {"output", "overwrite", "resume", "shard_weights"}  # not settings of the run
+CHANGEABLE = {"resume", "device", "compare", "shard_weights"}  # what may be said beside --resume
+RANGES = {
+    "frames": (1, 10**6), "steps": (1, 1000), "seed": (0, 2**63 - 1), "strength": (1e-3, 1), "guidance": (1e-3, 1000),
+    "flow_shift": (1e-3, 1000), "cache_interval": (1, 1000), "fps": (1e-3, 1000),
+}
+
 
 def check(typed, defaults):
     """All settings and what follows from them, as one namespace. Raises ValueError, naming the value and the mend, for
     whatever cannot work. Needs no weight: of a model on the hub, only descriptions and tokenizer are fetched."""
-    begun = read_record(typed["resume"]) if "resume" in typed else None
-    for name in typed.keys() - {"resume", "device", "compare", "shard_weights"} if begun else ():
+    for name in (name for name, value in typed.items() if value == "" and name != "negative_prompt"):
+        raise ValueError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
+    begun = checks.read_record(typed["resume"]) if "resume" in typed else None
+    for name in typed.keys() - CHANGEABLE if begun else ():
         raise ValueError(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; "
                          "begin anew")
-    args = argparse.Namespace(**{**defaults, **(begun["settings"] if begun else {}), **typed}, begun=begun)
+    args = argparse.Namespace(**{**defaults, **(begun["settings"] if begun else {}), **typed}, begun=begun, notes=[])
     args.output = args.resume or args.output
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {args.device}: choose cpu or cuda")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    settings = {name: getattr(args, name) for name in defaults.keys() - ELSEWHERE}
+    checks.check_unchanged(args, {name: value for name, value in settings.items() if name not in CHANGEABLE})
+    number = re.fullmatch(r"cpu|cuda:?(\d*)", args.device)
+    if not number or args.device != "cpu" and int(number[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: choose cpu or, of {torch.cuda.device_count()} GPUs that PyTorch sees "
+                         "here, cuda or cuda:NUMBER")
     if args.shard_weights and "RANK" not in os.environ:
         raise ValueError("--shard-weights: needs several processes; start them with torchrun --nproc-per-node N …")
     check_model(args)
     for name in ("prompt", "negative_prompt", "frames", "strength", "guidance", "flow_shift"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(args.preset, name))
+        setattr(args, name, getattr(args.preset, name) if getattr(args, name) is None else getattr(args, name))
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    if not model.clean_prompt(args.prompt):
-        raise ValueError("--prompt is empty: say what to show")
-    if args.frames < 1 or args.frames % 4 != 1:
-        raise ValueError(f"--frames {args.frames}: Wan takes 4k + 1 frames, such as {max(args.frames // 4 * 4, 0) + 1}")
-    if not 0 < args.steps <= 1000:
-        raise ValueError(f"--steps {args.steps}: must be from 1 to 1000")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
-    if not 0 < args.strength <= 1 or int(args.steps * args.strength) < 1:
-        raise ValueError(f"--strength {args.strength} of --steps {args.steps}: at least one step must run, at most all")
-    for name in ("cache_interval", "fps", "flow_shift", "guidance"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1000:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and below 1000")
     args.tokenizer = model.load_tokenizer(args.folder / "tokenizer", args.preset.text_length)
-    args.clip = check_clip(args)
+    if not model.clean_prompt(args.prompt):
+        raise ValueError(f"--prompt {args.prompt!r} is empty: say what to show")
+    for name, (low, high) in RANGES.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    if args.frames % 4 != 1:
+        raise ValueError(f"--frames {args.frames}: Wan takes 4k + 1 frames, such as {args.frames // 4 * 4 + 1}")
+    if int(args.steps * args.strength) < 1:
+        raise ValueError(f"--strength {args.strength} of --steps {args.steps}: at least one step must run")
+    args.clip, total, shape = None, args.frames, (args.preset.height, args.preset.width)
+    if args.base_video and not begun:
+        args.base_video = str(Path(args.base_video).absolute())
+        args.clip, fps, total = media.read_clip(args.base_video, args.frames)
+        shape, args.fps = args.clip.shape[2:], args.fps or fps
+        if len(args.clip) < args.frames:
+            raise ValueError(f"--base-video {args.base_video}: has {len(args.clip)} frames; use --frames "
+                             f"{(len(args.clip) - 1) // 4 * 4 + 1}")
     args.fps = args.fps or args.preset.fps
-    check_size(args)
+    checks.plan_size(args, shape, total)
+    args.files = ["run.json", "base.mp4", "freeswim.mp4", *["freeswim.png"] * (args.frames == 1), "comparison.png", "state"]
+    checks.check_folder(args, args.files)
+    args.notes += checks.notes_on_prompt(args)
+    args.settings = {name: getattr(args, name) for name in sorted(settings)}
     return args
 
 
 def check_model(args):
     """Sets the model's folder, as far as it is here, and its preset."""
-    if not Path(args.model).is_dir() and args.model.count("/") != 1:
-        raise ValueError(f"--model {args.model}: no such folder, and no hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     if Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model):
+        raise ValueError(f"--model {args.model}: no such folder, and no hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     args.folder = download(args.model, weights=False)
     index = args.folder / "model_index.json"
     index = model.read_json(index) if index.is_file() else {}
@@ -198,9 +222,7 @@ def check_model(args):
         kind += " with two transformers (Wan2.2)"
     if kind != "WanPipeline":
         raise ValueError(f"--model {args.model}: is a {kind}; supported is the WanPipeline of Wan2.1 text-to-video")
-    transformer = model.build(model.WanTransformer, args.folder / "transformer")
-    model.build(model.WanVAE, args.folder / "vae")
-    encoder = model.build(model.TextEncoder, args.folder / "text_encoder")
+    transformer, encoder, _ = (model.build(cls, args.folder / part) for part, cls in PARTS.items())
     if encoder.shared.embedding_dim != transformer.config["text_dim"]:
         raise ValueError(f"--model {args.model}: its text encoder is {encoder.shared.embedding_dim} wide, but its "
                          f"transformer reads {transformer.config['text_dim']}; they are of different models")
@@ -210,76 +232,14 @@ def check_model(args):
     args.preset = PRESETS[width]
 
 
-def check_clip(args):
-    """The clip of --base-video, or None if there is none to read."""
-    if not args.base_video or (args.begun and (Path(args.output) / "state" / "clip.safetensors").is_file()):
-        return None
-    args.base_video = str(Path(args.base_video).resolve())
-    clip, fps, total = media.read_clip(args.base_video, args.frames)
-    if len(clip) < args.frames:
-        raise ValueError(f"--base-video {args.base_video}: has {total} frames; use --frames {(total - 1) // 4 * 4 + 1}")
-    height, width = clip.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"--base-video {args.base_video}: is {width}x{height}, but videos have even sides; scale it to "
-                         f"{width // 2 * 2}x{height // 2 * 2} first")
-    return clip
-
-
-def check_size(args):
-    """Sets the size of the refined video, (height, width), and the native size."""
-    preset = args.preset
-    args.native = preset.height, preset.width
-    if args.size:
-        try:
-            width, height = map(int, args.size.lower().split("x"))
-        except ValueError:
-            raise ValueError(f"--size {args.size}: write it like {2 * preset.width}x{2 * preset.height}") from None
-    else:
-        if not 0 < args.scale <= 100:
-            raise ValueError(f"--scale {args.scale}: must be above 0, and at most 100")
-        width, height = (round(side * args.scale / 16) * 16 for side in (preset.width, preset.height))
-    nearest = max(preset.width, round(width / 16) * 16), max(preset.height, round(height / 16) * 16)
-    if (width, height) != nearest:
-        raise ValueError(f"size {width}x{height}: Wan takes multiples of 16, here from {preset.width}x{preset.height} "
-                         f"on; the nearest is --size {nearest[0]}x{nearest[1]}")
-    args.size, args.target = f"{width}x{height}", (height, width)
-    # The state: latents of the refinement six times over (start, history, and one that is being written), the base
-    # clip; then the videos, at most 2 bytes per pixel.
-    latents = 16 * (args.frames // 4 + 1) * (height // 8) * (width // 8) * 4
-    pixels = args.frames * (preset.height * preset.width + height * width)
-    needed = 6 * latents * (4 if args.compare else 1) + 3 * pixels
-    output = Path(args.output)
-    there = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--output {output}: nothing can be written to {there}; choose another folder")
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(f"--output {output}: about {needed / 2**30:.1f} GiB will be written, but {free / 2**30:.1f} "
-                         "GiB are free; choose another disk, or a smaller --size")
-    if ((output / "run.json").exists() or (output / "state").exists()) and not (args.begun or args.overwrite):
-        raise ValueError(f"--output {output}: holds a run already; go on with it by --resume {output}, or say "
-                         "--overwrite")
-
-
-def tell_about_prompt(tokenizer, prompt, length):
-    """Name the words that the model has never seen, and those that it does not read any more."""
-    prompt = model.clean_prompt(prompt)
-    encoding = tokenizer.encode(prompt)
-    unknown = [prompt[slice(*span)] for token, span in zip(encoding.tokens, encoding.offsets) if token == "<unk>"]
-    if unknown:
-        print(f"this model has never seen the words: {', '.join(unknown)}", file=sys.stderr)
-    if encoding.overflowing:
-        cut = prompt[max(end for _, end in encoding.offsets) :].strip()
-        print(f"the prompt is too long, {length} tokens are read; cut off is: {cut}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
 def load_models(args, folder, device, dtype):
     """The transformer and the VAE, each shared by all processes if there are several."""
-    model.find_weights(model.build(model.TextEncoder, folder / "text_encoder"), folder / "text_encoder")  # or refused
+    for part, cls in PARTS.items():  # all of them are in order, or refused, before any is loaded
+        model.find_weights(model.build(cls, folder / part), folder / part)
     if "RANK" not in os.environ:
         return (model.WanTransformer.from_pretrained(folder / "transformer", device, dtype),
                 model.WanVAE.from_pretrained(folder / "vae", device))
@@ -297,39 +257,48 @@ def embed_prompts(args, folder, device, dtype):
 
 def main(typed, defaults):
     args = parallel.from_first(lambda: check(typed, defaults))
-    (height, width), (native_height, native_width) = args.target, args.native
     device, dtype = parallel.device_of(args.device), getattr(torch, args.dtype)
-    settings = {name: vars(args)[name] for name in defaults.keys() - {"output", "overwrite", "resume", "shard_weights"}}
-    run = Run(args.output, device, {
-        "settings": dict(sorted(settings.items())),
+    folder = parallel.once_per_host(lambda: download(args.model))
+    record = {
+        "settings": args.settings,
+        "computed": "x".join(map(str, reversed(args.computed))),  # pixels; of them, the middle is written
+        "fingerprints": {name: checks.fingerprint(value) for name, value in {**args.settings, "weights": folder}.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "stages": args.begun["stages"] if args.begun else {},
-    })
-    folder = parallel.once_per_host(lambda: download(args.model))
-    with run.stage("load"):
-        transformer, vae = load_models(args, folder, device, dtype)
-    prompts = run.load("text")
-    if prompts is None:
-        with run.stage("text"):
-            prompts = parallel.from_first(lambda: embed_prompts(args, folder, device, dtype))
-    run.begin(args.overwrite)  # nothing was written before all was known to be in order
-    signal.signal(signal.SIGINT, partial(stop, message=run.resume_hint()))
-    signal.signal(signal.SIGTERM, partial(stop, message=run.resume_hint()))
-    run.save("text", prompts)
-    if parallel.rank() == 0:
-        tell_about_prompt(args.tokenizer, args.prompt, args.preset.text_length)
-        print(f"{args.prompt}\n{native_width}x{native_height} to {width}x{height}, {args.frames} frames, on "
-              f"{args.device}; should it end early, go on with --resume {args.output}", flush=True)
-    sampling = {name: tensor.to(device) for name, tensor in prompts.items()}
-    sampling |= dict(steps=args.steps, guidance=args.guidance)
+        "files": args.files,
+    }
+    checks.check_unchanged(args, {"weights": folder})
+    with Run(args.output, device, record) as run:
+        with run.stage("load"):
+            transformer, vae = load_models(args, folder, device, dtype)
+        prompts = run.load("text", "text", "negative") if args.begun else None
+        if prompts is None:
+            with run.stage("text"):
+                prompts = parallel.from_first(lambda: embed_prompts(args, folder, device, dtype))
+        run.begin(lambda: checks.check_folder(args, args.files), clear=args.overwrite)  # all is known to be in order
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, partial(stop, message=run.resume_hint()))
+        run.save("text", prompts)
+        if parallel.rank() == 0:
+            print(*args.notes, f"{args.prompt}\n{args.native[1]}x{args.native[0]} to {args.size}, {args.frames} frames, on "
+                  f"{device}; should it end early, go on with --resume {args.output}", sep="\n", file=sys.stderr)
+        make_videos(run, args, transformer, vae, {name: tensor.to(device) for name, tensor in prompts.items()})
+        if parallel.rank() == 0:
+            print(*(run.output / name for name in args.files if name != "state"), sep="\n")
+
+
+def make_videos(run, args, transformer, vae, prompts):
+    """The way of a clip: base, upsampled, encoded, refined, decoded, written. What the run has already is not computed
+    again."""
+    (height, width), native = args.target, args.native
+    sampling = dict(**prompts, steps=args.steps, guidance=args.guidance)
     tiled = height * width > 2**18  # less than 512 x 512 takes little memory, and tiles would be slower
 
     if args.base_video:
-        clip = run.load_or_compute("clip", lambda progress: args.clip)
-        base = media.to_video(clip.cpu())
+        base = media.to_video(run.load_or_compute("clip", lambda progress: args.clip).cpu())
     else:
-        shape = 1, 16, args.frames // 4 + 1, native_height // 8, native_width // 8
+        shape = 1, 16, args.frames // 4 + 1, native[0] // 8, native[1] // 8
         latents = run.load_or_compute("base", lambda progress: freeswim.generate(
             transformer, **sampling, shape=shape, flow_shift=args.preset.base_shift,
             generator=torch.Generator().manual_seed(args.seed), progress=progress))
@@ -337,28 +306,29 @@ def main(typed, defaults):
             base = vae.decode(latents, tiled, progress).cpu()
     run.write("base.mp4", lambda file: media.write_video(file, base, args.fps))
     with run.stage("upsample"):
-        upscaled = freeswim.upsample(base, height, width)
-    clips = {"base, upscaled": media.sample_frames(upscaled)}
+        base = media.middle(base, *media.cropped(base.shape[-2:], args.target))
+        upscaled = media.pad(freeswim.upsample(base, height, width), *args.computed)
+    clips = {"base, upscaled": media.sample_frames(media.middle(upscaled, height, width))}
     clean = run.load_or_compute("encode", lambda progress: vae.encode(upscaled, tiled, progress))
     del base, upscaled
 
-    for name, options in ({"refine": dict(cache_interval=args.cache_interval)} | COMPARED if args.compare else
-                          {"refine": dict(cache_interval=args.cache_interval)}).items():
+    variants = {"refine": dict(cache_interval=args.cache_interval)} | (COMPARED if args.compare else {})
+    for name, options in variants.items():
         latents = run.load_or_compute(name, lambda progress: freeswim.refine(
-            transformer, clean, **sampling, native=(native_height // 16, native_width // 16), strength=args.strength,
+            transformer, clean, **sampling, native=(native[0] // 16, native[1] // 16), strength=args.strength,
             flow_shift=args.flow_shift, generator=torch.Generator().manual_seed(args.seed + 1), progress=progress,
-            state=run.load(f"{name}-progress"), save=partial(run.save, f"{name}-progress"), **options))
+            state=run.load(f"{name}-progress", "step", "latents"), save=partial(run.save, f"{name}-progress"), **options))
         with run.stage(f"decode {name}") as progress:
-            video = vae.decode(latents, tiled, progress)
-        clips[name] = media.sample_frames(video)
+            video = media.middle(vae.decode(latents, tiled, progress), height, width)
+        if parallel.rank() == 0:
+            clips["FreeSwim" if name == "refine" else name] = media.sample_frames(video)
         if name == "refine":
             run.record["latents_sha256"] = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
-            run.write("freeswim.mp4", lambda file: media.write_video(file, video, args.fps))
+            for file in (file for file in args.files if file.startswith("freeswim.")):
+                run.write(file, lambda part: media.write_video(part, video, args.fps))
         del video
     run.write("comparison.png", lambda file: media.comparison(clips).save(file))
     run.write_record()
-    if parallel.rank() == 0:
-        print(*(run.output / name for name in RESULTS), sep="\n")
 
 
 if __name__ == "__main__":
@@ -366,7 +336,6 @@ if __name__ == "__main__":
     try:
         main(*parse_arguments())
     except ValueError as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     except (OSError, MemoryError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1)
+        fail(str(error), status=1)

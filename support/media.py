@@ -1,6 +1,6 @@
 """Clips and pictures: read, cropped, written, compared.
 
-A clip that was read is uint8 (F, H, W, 3); a video is (1, 3, F, H, W) in [-1, 1], as model.WanVAE has it. It becomes
+A clip that was read is uint8 (F, 3, H, W); a video is (1, 3, F, H, W) in [-1, 1], as model.WanVAE has it. It becomes
 bytes frame by frame, on the CPU, so that no second copy of it is ever held.
 """
 from itertools import islice
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageErr
 
 def read_clip(file, count):
     """The first `count` frames of a video or picture, its frames per second (None for a picture), and how many frames
-    it has in all. Transparent parts are shown on black. Raises ValueError for what is not a clip."""
+    it has in all. Transparent parts are shown on black, odd sides lose a line. Raises ValueError for what is not a clip."""
     file = Path(file).absolute()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no file" if not file.exists() else "no ordinary file"
@@ -26,7 +26,7 @@ def read_clip(file, count):
             frames = [np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), frame.convert("RGBA")))
                       for frame in islice(ImageSequence.Iterator(image), count)]
             milliseconds, total = image.info.get("duration"), getattr(image, "n_frames", 1)
-        return torch.from_numpy(np.stack(frames)[..., :3].copy()), milliseconds and 1000 / milliseconds, total
+        return even(frames), milliseconds and 1000 / milliseconds, total
     except UnidentifiedImageError:
         pass  # a video, most likely
     except (OSError, SyntaxError, ValueError) as error:
@@ -37,19 +37,28 @@ def read_clip(file, count):
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, count)]
         reader.close()
         total, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
-        return torch.from_numpy(np.stack(frames)), fps, max(total, len(frames))
+        return even(frames), fps, max(total, len(frames))
     except (OSError, RuntimeError, ValueError, StopIteration, KeyError) as error:
         reason = (str(error).strip().splitlines() or ["no frame"])[-1]
         raise ValueError(f"--base-video {file}: cannot be read as a video ({reason[:200]})") from None
 
 
-def crop(pixels, height, width):
-    """The middle of pixels (..., H, W): the largest part that has the proportions of `height` to `width`."""
-    rows, columns = pixels.shape[-2:]
-    new_rows = min(rows, round(columns * height / width))
-    new_columns = min(columns, round(rows * width / height))
-    top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
-    return pixels[..., top : top + new_rows, left : left + new_columns]
+def even(frames):
+    """A clip of frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
+    clip = torch.from_numpy(np.stack(frames)[..., :3]).movedim(-1, 1)
+    return clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
+
+
+def cropped(shape, target):
+    """The largest (height, width) within `shape` that has the proportions of `target`."""
+    (rows, columns), (height, width) = shape, target
+    return min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+
+
+def middle(pixels, height, width):
+    """The middle of pixels (..., H, W), `height` x `width`."""
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
 
 
 def pad(video, height, width):
@@ -58,14 +67,8 @@ def pad(video, height, width):
     return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2, 0, 0), mode="replicate")
 
 
-def unpad(video, height, width):
-    """The middle of a video, `height` x `width`."""
-    top, left = (video.shape[-2] - height) // 2, (video.shape[-1] - width) // 2
-    return video[..., top : top + height, left : left + width]
-
-
 def to_video(clip):
-    return clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return clip.transpose(0, 1)[None].float() / 127.5 - 1
 
 
 def to_frame(video, index):

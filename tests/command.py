@@ -1,0 +1,51 @@
+"""The command, as the tests run it: in a process of its own, as a person does, or in this one, which is faster."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import sample
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--size", "224x144", "--frames", "5", "--steps", "4", "--device", "cpu"]
+
+
+def start(*arguments, **options):
+    """A started `python sample.py …`."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)
+
+
+def run(*arguments, **options):
+    """A finished one: its exit status, what it printed, and its messages line by line."""
+    process = start(*arguments, **options)
+    output, errors = process.communicate()
+    return process.returncode, output, errors.replace("\r", "\n").splitlines()
+
+
+def parse(*arguments):
+    with mock.patch("sys.argv", ["sample.py", *map(str, arguments)]):
+        return sample.parse_arguments()
+
+
+def run_here(*arguments):
+    """The same in this process; errors are raised as exceptions."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        sample.main(*parse(*arguments))
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def latents(folder):
+    """The fingerprint of a run's refined latents."""
+    return record(folder)["latents_sha256"]
