@@ -39,7 +39,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 import freeswim
 import model
@@ -77,10 +76,6 @@ PRESETS = {  # by the width of the transformer, in channels
     5120: Preset(720, 1280, 81, 16, base_shift=5.0, flow_shift=9.0, strength=0.7, guidance=5.0,
                  text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 14B
 }
-REVISIONS = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "0fad780a534b6463e45facd96134c9f345acfa5b",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
-}
 PARTS = {"transformer": model.WanTransformer, "text_encoder": model.TextEncoder, "vae": model.WanVAE}
 COMPARED = {  # with --compare: what each ingredient does
     "full attention": dict(kind="full", override=False),
@@ -106,7 +101,7 @@ def parse_arguments():
     add("--negative-prompt", help="what not to show")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the refined video, in pixels, even")
-    size.add_argument("--scale", type=float, default=2.0, help="of the refined video over the native one (%(default)s)")
+    size.add_argument("--scale", type=float, default=2.0, help="of the refined video to the native one (%(default)s)")
     add("--frames", type=int, help="4k + 1")
     add("--steps", type=int, default=50, help="of the whole noise schedule (%(default)s)")
     add("--strength", type=float, help="share of the steps that the refinement runs")
@@ -130,21 +125,6 @@ def parse_arguments():
     defaults = vars(parser.parse_args([]))
     typed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, ...))))
     return {name: value for name, value in typed.items() if value is not ...}, defaults
-
-
-def download(name, weights=True):
-    """The folder of a model: `name` itself if it is one, else the hub's snapshot of that id, fetched if needed. Without
-    `weights`, only descriptions and the tokenizer: a few MB that tell whether the rest is worth fetching."""
-    if Path(name).is_dir():
-        return Path(name)
-    wanted = ["model_index.json", "scheduler/*.json", "tokenizer/tokenizer.json"]
-    for part in ("transformer", "vae", "text_encoder"):
-        wanted += [f"{part}/*.json", f"{part}/*.safetensors"][: 1 + weights]
-    try:
-        return Path(snapshot_download(name, revision=REVISIONS.get(name), allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: cannot be fetched from the hub ({error!r:.200}); check the id, or give a folder"
-                         ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,12 +176,10 @@ def check(typed, defaults):
         args.base_video = str(Path(args.base_video).absolute())
         args.clip, fps, total = media.read_clip(args.base_video, args.frames)
         shape, args.fps = args.clip.shape[2:], args.fps or fps
-        if len(args.clip) < args.frames:
-            raise ValueError(f"--base-video {args.base_video}: has {len(args.clip)} frames; use --frames "
-                             f"{(len(args.clip) - 1) // 4 * 4 + 1}")
     args.fps = args.fps or args.preset.fps
     checks.plan_size(args, shape, total)
-    args.files = ["run.json", "base.mp4", "freeswim.mp4", *["freeswim.png"] * (args.frames == 1), "comparison.png", "state"]
+    args.files = ["run.json", "base.mp4", "freeswim.mp4", "comparison.png", "state"]
+    args.files += ["freeswim.png"] if args.frames == 1 else []
     checks.check_folder(args, args.files)
     args.notes += checks.notes_on_prompt(args)
     args.settings = {name: getattr(args, name) for name in sorted(settings)}
@@ -214,7 +192,7 @@ def check_model(args):
         args.model = str(Path(args.model).resolve())
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model):
         raise ValueError(f"--model {args.model}: no such folder, and no hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    args.folder = download(args.model, weights=False)
+    args.folder = checks.download(args.model, weights=False)
     index = args.folder / "model_index.json"
     index = model.read_json(index) if index.is_file() else {}
     kind = index.get("_class_name", "WanPipeline")
@@ -258,40 +236,41 @@ def embed_prompts(args, folder, device, dtype):
 def main(typed, defaults):
     args = parallel.from_first(lambda: check(typed, defaults))
     device, dtype = parallel.device_of(args.device), getattr(torch, args.dtype)
-    folder = parallel.once_per_host(lambda: download(args.model))
+    folder = parallel.once_per_host(lambda: checks.download(args.model))
     record = {
         "settings": args.settings,
         "computed": "x".join(map(str, reversed(args.computed))),  # pixels; of them, the middle is written
-        "fingerprints": {name: checks.fingerprint(value) for name, value in {**args.settings, "weights": folder}.items()},
+        "fingerprints": {name: checks.fingerprint(x) for name, x in {**args.settings, "weights": folder}.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "stages": args.begun["stages"] if args.begun else {},
         "files": args.files,
     }
     checks.check_unchanged(args, {"weights": folder})
-    with Run(args.output, device, record) as run:
-        with run.stage("load"):
-            transformer, vae = load_models(args, folder, device, dtype)
-        prompts = run.load("text", "text", "negative") if args.begun else None
-        if prompts is None:
-            with run.stage("text"):
-                prompts = parallel.from_first(lambda: embed_prompts(args, folder, device, dtype))
-        run.begin(lambda: checks.check_folder(args, args.files), clear=args.overwrite)  # all is known to be in order
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, partial(stop, message=run.resume_hint()))
+    run = Run(args.output, device, record)
+    with run.stage("load"):
+        transformer, vae = load_models(args, folder, device, dtype)
+    prompts = run.load("text", "text", "negative") if args.begun else None
+    if prompts is None:
+        with run.stage("text"):
+            prompts = parallel.from_first(lambda: embed_prompts(args, folder, device, dtype))
+    run.begin(lambda: checks.check_folder(args, args.files), clear=args.overwrite)  # all is known to be in order now
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(stop, message=run.resume_hint()))
+    try:
         run.save("text", prompts)
-        if parallel.rank() == 0:
-            print(*args.notes, f"{args.prompt}\n{args.native[1]}x{args.native[0]} to {args.size}, {args.frames} frames, on "
-                  f"{device}; should it end early, go on with --resume {args.output}", sep="\n", file=sys.stderr)
         make_videos(run, args, transformer, vae, {name: tensor.to(device) for name, tensor in prompts.items()})
-        if parallel.rank() == 0:
-            print(*(run.output / name for name in args.files if name != "state"), sep="\n")
+    finally:
+        run.end()
 
 
 def make_videos(run, args, transformer, vae, prompts):
     """The way of a clip: base, upsampled, encoded, refined, decoded, written. What the run has already is not computed
     again."""
-    (height, width), native = args.target, args.native
+    (height, width), native, first = args.target, args.native, parallel.rank() == 0
+    if first:
+        print(*args.notes, f"{args.prompt}\n{native[1]}x{native[0]} to {width}x{height}, {args.frames} frames, on "
+              f"{run.device}; should it end early, go on with --resume {run.output}", sep="\n", file=sys.stderr)
     sampling = dict(**prompts, steps=args.steps, guidance=args.guidance)
     tiled = height * width > 2**18  # less than 512 x 512 takes little memory, and tiles would be slower
 
@@ -320,7 +299,7 @@ def make_videos(run, args, transformer, vae, prompts):
             state=run.load(f"{name}-progress", "step", "latents"), save=partial(run.save, f"{name}-progress"), **options))
         with run.stage(f"decode {name}") as progress:
             video = media.middle(vae.decode(latents, tiled, progress), height, width)
-        if parallel.rank() == 0:
+        if first:
             clips["FreeSwim" if name == "refine" else name] = media.sample_frames(video)
         if name == "refine":
             run.record["latents_sha256"] = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
@@ -329,6 +308,8 @@ def make_videos(run, args, transformer, vae, prompts):
         del video
     run.write("comparison.png", lambda file: media.comparison(clips).save(file))
     run.write_record()
+    if first:
+        print(*(run.output / name for name in args.files if name != "state"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,42 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
 
 from model import clean_prompt, read_json
 from support import media
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no lock, no peak memory
+    fcntl = resource = None
+
+
+REVISIONS = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "0fad780a534b6463e45facd96134c9f345acfa5b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
+}
+
+
+def download(name, weights=True):
+    """The folder of a model: `name` itself if it is one, else the hub's snapshot of that id, fetched if needed. Without
+    `weights`, only descriptions and the tokenizer: a few MB that tell whether the rest is worth fetching."""
+    if Path(name).is_dir():
+        return Path(name)
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer/tokenizer.json"]
+    for part in ("transformer", "vae", "text_encoder"):
+        wanted += [f"{part}/*.json", f"{part}/*.safetensors"][: 1 + weights]
+    try:
+        return Path(snapshot_download(name, revision=REVISIONS.get(name), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: cannot be fetched from the hub ({error!r:.200}); check the id, or give a "
+                         "folder") from None
 
 
 def plan_size(args, shape, total):
@@ -100,7 +132,7 @@ def check_folder(args, files):
         if args.clip is not None and (output / name).exists() and os.path.samefile(args.base_video, output / name):
             raise ValueError(f"--base-video {args.base_video}: would be overwritten; choose another --output")
         if os.path.lexists(output / name) and name not in written:
-            raise ValueError(f"--output {output}: {name} is there, which no run wrote; move it, or choose another")
+            raise ValueError(f"--output {output}: {name} is there, which no run wrote; move it, or take another")
     if written and not (args.begun or args.overwrite):
         raise ValueError(f"--output {output}: holds a run already; go on with --resume {output}, or say --overwrite")
     # The state: latents of the refinement six times over (start, history, and one that is being written), the base
@@ -128,3 +160,32 @@ def fingerprint(value):
             opened.seek(size // 2)
             parts.append(opened.read(2**16))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def claim(folder):
+    """Keep other runs out of a folder, for as long as this process lives or the descriptor returned is open."""
+    if not fcntl:
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"--output {folder}: another run is writing there; choose another folder") from None
+    return descriptor
+
+
+def peak_memory():
+    """Of this process so far, in bytes; 0 where the system does not tell."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
+def explained(error, stage, hint):
+    """What to raise for an error of PyTorch's, which has one exception for much: with the stage and the way on."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error):
+        return MemoryError(f"out of memory in the stage \"{stage}\": free some, or begin with a lower --size or "
+                           f"--frames; {hint}")
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return ConnectionError(f"another process ended in the stage \"{stage}\"; {hint}")
+    return error

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageErr
 
 def read_clip(file, count):
     """The first `count` frames of a video or picture, its frames per second (None for a picture), and how many frames
-    it has in all. Transparent parts are shown on black, odd sides lose a line. Raises ValueError for what is not a clip."""
+    it has in all. Transparent parts are shown on black, odd sides lose a line. Raises ValueError for anything else."""
     file = Path(file).absolute()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no file" if not file.exists() else "no ordinary file"
@@ -26,10 +26,10 @@ def read_clip(file, count):
             frames = [np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), frame.convert("RGBA")))
                       for frame in islice(ImageSequence.Iterator(image), count)]
             milliseconds, total = image.info.get("duration"), getattr(image, "n_frames", 1)
-        return even(frames), milliseconds and 1000 / milliseconds, total
+        return even(frames, count, file), milliseconds and 1000 / milliseconds, total
     except UnidentifiedImageError:
         pass  # a video, most likely
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
     try:
         reader = imageio_ffmpeg.read_frames(str(file))
@@ -37,14 +37,16 @@ def read_clip(file, count):
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, count)]
         reader.close()
         total, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
-        return even(frames), fps, max(total, len(frames))
-    except (OSError, RuntimeError, ValueError, StopIteration, KeyError) as error:
+    except (OSError, RuntimeError, StopIteration, KeyError) as error:
         reason = (str(error).strip().splitlines() or ["no frame"])[-1]
         raise ValueError(f"--base-video {file}: cannot be read as a video ({reason[:200]})") from None
+    return even(frames, count, file), fps, max(total, len(frames))
 
 
-def even(frames):
-    """A clip of frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
+def even(frames, count, file):
+    """A clip of `count` frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
+    if len(frames) < count:
+        raise ValueError(f"--base-video {file}: has {len(frames)} frames; use --frames {max(len(frames) - 1, 0) // 4 * 4 + 1}")
     clip = torch.from_numpy(np.stack(frames)[..., :3]).movedim(-1, 1)
     return clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
 

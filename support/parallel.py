@@ -1,8 +1,8 @@
 """Several GPUs, one process each, started by torchrun; whoever has one GPU need not read this.
 
-Every process (rank) holds the latents and runs the solver, but only its share of the tokens. Self-attention alone needs
-them all: before it, an all-to-all trades tokens for heads, and after it another one trades back (DeepSpeed-Ulysses,
-arXiv 2309.14509), so that the attention, whichever it is, sees all tokens of its heads. Shares need not be equal.
+Every process (rank) runs the solver, but its blocks only on its share of the tokens. Self-attention alone needs all of
+them: before it, an all-to-all trades tokens for heads, and after it another one trades back (DeepSpeed-Ulysses, arXiv
+2309.14509), so that the attention, whichever it is, sees all tokens of its heads. Shares need not be equal.
 """
 import math
 import os
@@ -19,21 +19,19 @@ from model import Block, WanTransformer, WanVAE, build, find_weights, read_weigh
 
 def shares(length):
     """How many of `length` items each rank has; they differ by one at most."""
-    ranks = dist.get_world_size()
-    return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
+    return [len(part) for part in torch.arange(length).tensor_split(dist.get_world_size())]
 
 
 def gather(x, length):
     """The whole of `x`, (B, share, D), in every rank: (B, length, D)."""
-    padded = F.pad(x, (0, 0, 0, max(shares(length)) - x.shape[1])).contiguous()  # all-gather wants equal shares
+    padded = F.pad(x, (0, 0, 0, shares(length)[0] - x.shape[1])).contiguous()  # all-gather wants equal shares
     parts = [torch.empty_like(padded) for _ in shares(length)]
     dist.all_gather(parts, padded)
     return torch.cat([part[:, :share] for part, share in zip(parts, shares(length))], dim=1)
 
 
 def trade(x, given, taken, length):
-    """Trade with all ranks: dimension `given` of `x` is whole here and dealt out; of dimension `taken` each rank has a
-    share and gets the whole, `length` long."""
+    """Deal out dimension `given` of `x` to the ranks, and get all shares of dimension `taken`, `length` long."""
     parts = x.tensor_split(dist.get_world_size(), given)
     shape = list(parts[dist.get_rank()].shape)
     shapes = [shape[:taken] + [share] + shape[taken + 1 :] for share in shares(length)]
@@ -44,8 +42,8 @@ def trade(x, given, taken, length):
 
 
 class SharedBlock(Block):
-    """A block that works on this rank's tokens. All blocks know `shared`: `length`, the tokens of all ranks, and `ring`,
-    all blocks, if their weights are spread too: the one that has all of its weights, the next one, and so on."""
+    """A block that works on this rank's tokens. All blocks know `shared`: `length`, the tokens of all ranks, and `ring`:
+    if weights are spread too, the block that has all of its own, the next one, and so on."""
 
     def self_attention(self, tokens, modulation, rotary, attend):
         ring = self.shared.ring
@@ -88,15 +86,15 @@ class SharedTransformer(WanTransformer):
         for index, block in enumerate(transformer.blocks):
             read_weights(transformer, sources, device, dtype, f"blocks.{index}.")
             fully_shard(block, mesh=mesh)
-        others = {name: source for name, source in sources.items() if not name.startswith("blocks.")}
         transformer.shared.ring.extend(transformer.blocks)
-        return read_weights(transformer, others, device, dtype)
+        rest = {name: source for name, source in sources.items() if not name.startswith("blocks.")}
+        return read_weights(transformer, rest, device, dtype)
 
     def embed(self, latents, timestep, text):
         tokens, *rest, rotary = super().embed(latents, timestep, text)
         self.shared.length = tokens.shape[1]
-        share = lambda x, dim: x.tensor_split(dist.get_world_size(), dim)[dist.get_rank()]  # noqa: E731
-        return share(tokens, 1), *rest, [share(table, 0) for table in rotary]
+        own = torch.arange(tokens.shape[1], device=tokens.device).tensor_split(dist.get_world_size())[dist.get_rank()]
+        return tokens[:, own], *rest, [table[own] for table in rotary]
 
     def unembed(self, tokens, time, grid):
         return super().unembed(gather(tokens, math.prod(grid)), time, grid)
@@ -113,7 +111,8 @@ class SharedVAE(WanVAE):
         return canvas
 
 
-# The processes. All of these do the obvious when there is one.
+def rank():
+    return int(os.environ.get("RANK", 0))
 
 
 def start():
@@ -123,12 +122,8 @@ def start():
         dist.init_process_group(backend, timeout=timedelta(days=30))
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
 def device_of(name):
-    """The device of this process: of several on a host, each has its own GPU."""
+    """The device of this process. Of several on a host, each has its own GPU."""
     if name == "cuda" and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
@@ -145,15 +140,14 @@ def from_first(compute):
         except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, device="cpu")
-    if outcome[1] is None:
-        return outcome[0]
-    raise outcome[1] if rank() == 0 else SystemExit(2)
+    if outcome[1] is not None:
+        raise outcome[1] if rank() == 0 else SystemExit(2)
+    return outcome[0]
 
 
 def once_per_host(compute):
     """What `compute` gives, in every process, but first in one of each host: the others then find its work done."""
-    leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = compute() if leads else None
+    result = compute() if os.environ.get("LOCAL_RANK", "0") == "0" else None
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier
-    return result if leads else compute()
+    return result or compute()

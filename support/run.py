@@ -3,22 +3,19 @@
 Every file is written beside its place, flushed to the disk and renamed: under its name there is only ever a whole one.
 Under torchrun every process has a Run; the first one writes, and all of them get what it has read.
 """
-import fcntl
 import json
 import os
-import resource
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from support.checks import claim, explained, peak_memory
 from support.parallel import from_first, rank
 
 
@@ -28,32 +25,23 @@ class Run:
 
     def __init__(self, output, device, record):
         self.output, self.state, self.device, self.record = Path(output), Path(output) / "state", device, record
-        self.lock = None  # the descriptor of its folder, once it is begun
+        self.lock = None  # a descriptor of the folder, in the process that writes, from `begin` to `end`
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lock = self.lock and os.close(self.lock)
+    def end(self):
+        self.lock = None if self.lock is None else os.close(self.lock)
 
     def begin(self, check, clear):
         """Make the folder and its run.json, and keep other runs out while this process lives. `check()` is made again
         under the lock, and gives the files that a run has left; `clear` removes them."""
-        if rank() > 0:
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock = os.open(self.output, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.__exit__()
-            raise ValueError(f"--output {self.output}: another run is writing there; choose another folder") from None
-        left = [self.output / name for name in check() if name != "state"] + [*self.state.glob("*.safetensors")]
-        halves = [*self.output.glob("part-*"), *self.state.glob("part-*"), *self.state.glob(".tmp*")]
-        for file in halves + (left if clear else []):
-            file.unlink(missing_ok=True)
-        self.write_record()
-        self.state.mkdir(exist_ok=True)
+        if rank() == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.lock = claim(self.output)
+            left = [self.output / name for name in check() if name != "state"] + [*self.state.glob("*.safetensors")]
+            halves = [*self.output.glob("part-*"), *self.state.glob("part-*"), *self.state.glob(".tmp*")]
+            for file in halves + (left if clear else []):
+                file.unlink(missing_ok=True)
+            self.write_record()
+            self.state.mkdir(exist_ok=True)
 
     def write(self, name, writer):
         """Let `writer(file)` write the file `name` of the folder. Raises OSError, with the way on, if it cannot."""
@@ -92,7 +80,7 @@ class Run:
             raise ValueError(f"{file} is damaged ({error!s:.99}); delete it, and it is computed again") from None
 
     def load_or_compute(self, name, compute):
-        """The tensor saved under `name`; if there is none, `compute(progress)` gives it, with a bar around its loop."""
+        """The tensor saved under `name`; if there is none, `compute(progress)` gives it, with a bar for its loop."""
         tensors = self.load(name, "latents")
         if tensors is None:
             with self.stage(name) as progress:
@@ -111,20 +99,13 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield partial(tqdm, desc=name, disable=rank() > 0)
-        except (MemoryError, RuntimeError) as error:  # PyTorch has one exception for much; its words tell
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error):
-                raise MemoryError(f"out of memory in the stage \"{name}\": free some, or begin with a lower --size or "
-                                  f"--frames; {self.resume_hint()}") from None
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise ConnectionError(f"another process ended in the stage \"{name}\"; {self.resume_hint()}") from None
-            raise
+        except (MemoryError, RuntimeError) as error:
+            raise explained(error, name, self.resume_hint()) from None
         finally:
-            unit = 1 if sys.platform == "darwin" else 1024  # of what the system tells, in bytes
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak
+            peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_memory()
             seconds = time.time() - start + self.record["stages"].get(name, {"seconds": 0})["seconds"]
             self.record["stages"][name] = {"seconds": round(seconds, 2), "peak_memory_gib": round(peak / 2**30, 3)}
-            if self.lock:
+            if self.lock is not None:
                 self.write_record()
 
     def resume_hint(self):

@@ -12,8 +12,8 @@ from parity import peak_memory, randomise, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-import sample
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, read_weights
+from support import checks
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
 
@@ -186,8 +186,8 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
         calls.append((repository, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(sample, "snapshot_download", snapshot_download)
-    assert Path(sample.download(name)) == tmp_path
+    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
+    assert Path(checks.download(name)) == tmp_path
     (repository, options), = calls
     assert repository == name and options["revision"] == REVISIONS[name]
     listing = [*json.loads((PUBLISHED / "files.json").read_text())["files"], *NEEDLESS]
@@ -196,5 +196,5 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
 
 
 def test_a_folder_needs_no_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
-    assert Path(sample.download(str(tmp_path))) == tmp_path
+    monkeypatch.setattr(checks, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    assert Path(checks.download(str(tmp_path))) == tmp_path

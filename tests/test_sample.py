@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
-from support import media
+from support import checks, media
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +175,7 @@ def test_from_the_hub_weights_come_last(checkpoint, tmp_path, monkeypatch, capsy
                         ignore=None if weights else shutil.ignore_patterns("*.safetensors"))
         return str(folder)
 
-    monkeypatch.setattr(sample, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
     arguments = ["--model", "some/one", "--output", tmp_path / "run", *SMALL]
     with refused(capsys, "--frames 6"):
         run_here(*arguments, "--frames", 6)
@@ -188,7 +188,7 @@ def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
     def snapshot_download(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
     with refused(capsys, "some/one", "No space left"):
         run_here("--model", "some/one", "--output", tmp_path / "run")
 
