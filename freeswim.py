@@ -134,8 +134,10 @@ def predict(transformer, latents, timestep, text, attend_window, attend_full=Non
 
     With `attend_full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
     window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without it, those of
-    `features` take it. Without either, the window path has its own.
+    `features` take it. Without either, the window path has its own. Raises ValueError if `features` hold nothing then.
     """
+    if attend_full is None and features is not None and len(features) < len(transformer.blocks):
+        raise ValueError("features hold nothing yet: the full path has to run first, with attend_full")
     _, _, frames, height, width = latents.shape
     window_tokens, time, modulation, text, rotary = transformer.embed(latents, timestep, text)
     full_tokens = window_tokens  # both paths start from the same latents
@@ -282,6 +284,9 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     """
     if kind not in ("inward", "clipped", "full"):
         raise ValueError(f"kind is {kind!r}, but should be 'inward', 'clipped' or 'full'")
+    if min(native) < 2 or latents.ndim != 5:
+        raise ValueError(f"native is {native}, but should be (rows, columns) from (2, 2) on; or latents are not "
+                         f"(B, 16, T, 2H, 2W), but {tuple(latents.shape)}")
     solver = FlowUniPC(steps, flow_shift, strength)
     batch, _, frames, height, width = latents.shape
     scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
@@ -297,6 +302,9 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     else:
         latents = solver.resume(state)
     features = {} if override and cache_interval else None
+    if features is not None and solver.index % cache_interval:
+        raise ValueError(f"the state is of step {solver.index}, which lacks the features that cache_interval "
+                         f"{cache_interval} needs there")
     for step, t in progress(list(enumerate(solver.timesteps))[solver.index :]):
         renewed = step % (cache_interval or 1) == 0
         if save is not None and renewed:

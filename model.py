@@ -56,8 +56,7 @@ def rotate(x, rotary):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x`, (B, N, D), to `context`, (B, M, D). Queries and keys are normalised over all
-    heads at once, before the heads are split."""
+    """Multi-head attention from `x`, (B, N, D), to `context`, (B, M, D). The norms span all heads."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
@@ -146,6 +145,10 @@ class WanTransformer(nn.Module):
     def embed(self, latents, timestep, text):
         """What the blocks work on: tokens (B, N, D), embedded time (B, D), its modulation (B, 6, D), text (B, L, D) and
         the rotary table. `latents` is (B, 16, T, 2H, 2W), `timestep` (B,) from 0 to 1000, `text` (B, L, text_dim)."""
+        batch, channels, _, rows, columns = latents.shape
+        if (batch, channels, rows % 2, columns % 2, batch) != (len(text), 16, 0, 0, *getattr(timestep, "shape", "?")):
+            raise ValueError(f"latents {[*latents.shape]}, timestep {timestep} and text {[*text.shape]} should be "
+                             "tensors (B, 16, T, 2H, 2W), (B,) and (B, L, text_dim)")
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(latents.to(dtype))  # (B, D, T, H, W)
         tokens = patches.permute(0, 3, 4, 2, 1).flatten(1, 3)  # (B, H*W*T, D): the only place that sets the order
@@ -180,7 +183,7 @@ class WanTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The causal video VAE
 #
-# A clip streams through it in chunks: its first frame (or the first 1 + 4k), then four frames (or 4k) at a time. What a
+# A clip streams through in chunks: its first frame (or the first 1 + 4k), then four frames (or 4k) at a time. What a
 # layer must remember of the past stands in `history`, a dict keyed by the layer; absent means that the clip begins.
 
 
@@ -279,8 +282,8 @@ class Upsample(nn.Module):
     def __init__(self, channels, temporal):
         super().__init__()
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
-        larger, narrower = nn.Upsample(None, 2, "nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
-        self.resample = nn.Sequential(larger, narrower)
+        conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def forward(self, x, history):
         if self.time_conv is not None:
@@ -457,8 +460,7 @@ class TextLayer(nn.Module):
 
     def position_bias(self, length, device):
         """(heads, L, L): a learned bias per bucket of distance, exact when near, logarithmic when far."""
-        position = torch.arange(length, device=device)
-        offset = position[None, :] - position[:, None]  # key - query
+        offset = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]  # key - query
         half, distance = self.buckets // 2, offset.abs()
         exact = half // 2
         far = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
@@ -545,6 +547,8 @@ def load_tokenizer(folder, length=512):
 
 def tokenize(tokenizer, prompts):
     """Token ids and mask, both int64 (B, length), of a list of prompts."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts should be a list of texts, but are {prompts!r:.99}")
     encodings = tokenizer.encode_batch([clean_prompt(prompt) for prompt in prompts])
     return torch.tensor([(encoding.ids, encoding.attention_mask) for encoding in encodings]).unbind(1)
 
@@ -554,11 +558,9 @@ def encode_prompt(encoder, tokenizer, prompts):
     """Text embeddings (B, length, d_model) of a list of prompts, zero after the end of each text. Raises ValueError if
     tokenizer and encoder do not belong together."""
     ids, mask = tokenize(tokenizer, prompts)
-    known = encoder.shared.num_embeddings
-    if ids.max() >= known:
+    if ids.max() >= (known := encoder.shared.num_embeddings):
         raise ValueError(f"the tokenizer knows token {ids.max()}, but the text encoder has {known}")
-    embeddings = encoder(ids, mask)
-    return embeddings * mask[..., None].to(embeddings)
+    return (embeddings := encoder(ids, mask)) * mask[..., None].to(embeddings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,9 +619,8 @@ def find_weights(model, folder):
             raise ValueError(f"{index}: weight_map must name .safetensors files beside it, but is {indexed!r:.300}")
         files = [folder / name for name in sorted(set(names))]
     elif len(files) != 1:
-        there = ", ".join(sorted(file.name for file in folder.glob("*")))
         raise ValueError(f"{folder}: one .safetensors file is needed, or several and an index, but it has "
-                         f"{len(files) or 'none'}: {there:.300}")
+                         f"{len(files) or 'none'}: {[file.name for file in folder.glob('*')]!s:.300}")
     found = {}  # {(checkpoint name, file name): (shape, dtype)}
     for file in files:
         with opened(file) as tensors:

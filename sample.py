@@ -145,16 +145,14 @@ def check(typed, defaults):
         raise ValueError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     begun = checks.read_record(typed["resume"]) if "resume" in typed else None
     for name in typed.keys() - CHANGEABLE if begun else ():
-        raise ValueError(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with; "
-                         "begin anew")
+        raise ValueError(f"--{name.replace('_', '-')} cannot change what --resume {typed['resume']} goes on with")
     args = argparse.Namespace(**{**defaults, **(begun["settings"] if begun else {}), **typed}, begun=begun, notes=[])
     args.output = args.resume or args.output
     settings = {name: getattr(args, name) for name in defaults.keys() - ELSEWHERE}
     checks.check_unchanged(args, {name: value for name, value in settings.items() if name not in CHANGEABLE})
     number = re.fullmatch(r"cpu|cuda:?(\d*)", args.device)
     if not number or args.device != "cpu" and int(number[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: choose cpu or, of {torch.cuda.device_count()} GPUs that PyTorch sees "
-                         "here, cuda or cuda:NUMBER")
+        raise ValueError(f"--device {args.device}: choose cpu or, PyTorch sees {torch.cuda.device_count()} here, a GPU")
     if args.shard_weights and "RANK" not in os.environ:
         raise ValueError("--shard-weights: needs several processes; start them with torchrun --nproc-per-node N …")
     check_model(args)
@@ -265,8 +263,7 @@ def main(typed, defaults):
 
 
 def make_videos(run, args, transformer, vae, prompts):
-    """The way of a clip: base, upsampled, encoded, refined, decoded, written. What the run has already is not computed
-    again."""
+    """The way of a clip: base, upsampled, encoded, refined, decoded, written; nothing is computed twice."""
     (height, width), native, first = args.target, args.native, parallel.rank() == 0
     if first:
         print(*args.notes, f"{args.prompt}\n{native[1]}x{native[0]} to {width}x{height}, {args.frames} frames, on "
@@ -296,7 +293,8 @@ def make_videos(run, args, transformer, vae, prompts):
         latents = run.load_or_compute(name, lambda progress: freeswim.refine(
             transformer, clean, **sampling, native=(native[0] // 16, native[1] // 16), strength=args.strength,
             flow_shift=args.flow_shift, generator=torch.Generator().manual_seed(args.seed + 1), progress=progress,
-            state=run.load(f"{name}-progress", "step", "latents"), save=partial(run.save, f"{name}-progress"), **options))
+            state=run.load(f"{name}-progress", "step", "latents"), save=partial(run.save, f"{name}-progress"),
+            **options))
         with run.stage(f"decode {name}") as progress:
             video = media.middle(vae.decode(latents, tiled, progress), height, width)
         if first:

@@ -115,8 +115,8 @@ def check_unchanged(args, settings):
     """Refuse to resume with settings that are not those the run began with."""
     for name, value in settings.items():
         if args.begun and args.begun["fingerprints"].get(name) != fingerprint(value):
-            raise ValueError(f"--resume {args.output}: its {name} is not what it began with ({value}); mend run.json, or "
-                             "begin anew")
+            raise ValueError(f"--resume {args.output}: its {name} is not what it began with ({value}); mend run.json, "
+                             "or begin anew")
 
 
 def check_folder(args, files):

@@ -46,7 +46,8 @@ def read_clip(file, count):
 def even(frames, count, file):
     """A clip of `count` frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
     if len(frames) < count:
-        raise ValueError(f"--base-video {file}: has {len(frames)} frames; use --frames {max(len(frames) - 1, 0) // 4 * 4 + 1}")
+        fit = (len(frames) - 1) // 4 * 4 + 1
+        raise ValueError(f"--base-video {file}: has {len(frames)} frames; use --frames {fit}")
     clip = torch.from_numpy(np.stack(frames)[..., :3]).movedim(-1, 1)
     return clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
 

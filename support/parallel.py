@@ -36,22 +36,21 @@ def trade(x, given, taken, length):
     shape = list(parts[dist.get_rank()].shape)
     shapes = [shape[:taken] + [share] + shape[taken + 1 :] for share in shares(length)]
     sizes, sent = [math.prod(shape) for shape in shapes], torch.cat([part.flatten() for part in parts])
-    received = x.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    dist.all_to_all_single(received := x.new_empty(sum(sizes)), sent, sizes, [part.numel() for part in parts])
     return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes)], taken)
 
 
 class SharedBlock(Block):
-    """A block that works on this rank's tokens. All blocks know `shared`: `length`, the tokens of all ranks, and `ring`:
-    if weights are spread too, the block that has all of its own, the next one, and so on."""
+    """A block that works on this rank's tokens. All know `shared`: `length`, the tokens of all ranks, and `ring`, if
+    weights are spread too: the block that has all of its own, the next one, and so on."""
 
     def self_attention(self, tokens, modulation, rotary, attend):
         ring = self.shared.ring
-        if ring:
-            while ring[0] is not self:
-                ring[0].reshard()
-                ring.rotate(-1)
-            self.unshard()  # the weights are on their way since the last block began; now send for the next one's
+        while ring and ring[0] is not self:
+            ring[0].reshard()
+            ring.rotate(-1)
+        if ring:  # the weights are on their way since the last block began; now send for the next one's
+            self.unshard()
             ring[1 % len(ring)].unshard(async_op=True)
 
         def on_my_heads(query, key, value):
@@ -107,8 +106,7 @@ class SharedVAE(WanVAE):
         return super().tiles(*frame)[dist.get_rank() :: dist.get_world_size()]
 
     def total(self, canvas):
-        dist.all_reduce(canvas)
-        return canvas
+        return dist.all_reduce(canvas) or canvas
 
 
 def rank():
@@ -133,12 +131,11 @@ def from_first(compute):
     """What `compute` gives in the first process, in every process. If it fails there, all end, and the first tells."""
     if not dist.is_initialized():
         return compute()
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = compute()
-        except Exception as error:
-            outcome[1] = error
+    outcome = [None, None]  # result, error
+    try:
+        outcome[0] = compute() if rank() == 0 else None
+    except Exception as error:
+        outcome[1] = error
     dist.broadcast_object_list(outcome, device="cpu")
     if outcome[1] is not None:
         raise outcome[1] if rank() == 0 else SystemExit(2)

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import SafetensorError, load_file, save_file
 from tqdm import tqdm
 
 from support.checks import claim, explained, peak_memory
@@ -38,7 +37,7 @@ class Run:
             self.lock = claim(self.output)
             left = [self.output / name for name in check() if name != "state"] + [*self.state.glob("*.safetensors")]
             halves = [*self.output.glob("part-*"), *self.state.glob("part-*"), *self.state.glob(".tmp*")]
-            for file in halves + (left if clear else []):
+            for file in halves + left * clear:
                 file.unlink(missing_ok=True)
             self.write_record()
             self.state.mkdir(exist_ok=True)
@@ -62,13 +61,12 @@ class Run:
             part.unlink(missing_ok=True)
 
     def write_record(self):
-        text = json.dumps(self.record, indent=1, ensure_ascii=False) + "\n"
-        self.write("run.json", lambda file: file.write_text(text))
+        self.write("run.json", lambda file: file.write_text(json.dumps(self.record, indent=1, ensure_ascii=False)))
 
     def save(self, name, tensors):
         """Keep a dict of tensors."""
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        self.write(f"state/{name}.safetensors", lambda file: save_file(tensors, file))
+        self.write(f"state/{name}.safetensors", partial(save_file, tensors))
 
     def load(self, name, *keys):
         """The dict of tensors that was saved under `name`, or None. Raises ValueError unless it has the `keys`."""
@@ -95,8 +93,7 @@ class Run:
         """Note the seconds of a stage, of all tries together, and its peak memory: of the GPU's tensors, or of the
         process so far. Yields a progress bar. What ends it early is told with the way on."""
         on_gpu, start = self.device.type == "cuda", time.time()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        on_gpu and torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield partial(tqdm, desc=name, disable=rank() > 0)
         except (MemoryError, RuntimeError) as error:
@@ -109,5 +106,5 @@ class Run:
                 self.write_record()
 
     def resume_hint(self):
-        saved = (self.output / "run.json").is_file()
-        return f"--resume {self.output} goes on from the last saved step" if saved else "nothing had been computed yet"
+        begun = (self.output / "run.json").is_file()
+        return f"--resume {self.output} goes on from the last saved step" if begun else "nothing had been computed yet"
