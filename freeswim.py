@@ -25,8 +25,7 @@ def window_spans(length, size, kind="inward"):
     """For every position of an axis, the start and the end of what it sees; int64 (length,) each.
 
     An "inward" window moves inward at a border and keeps its size; a "clipped" one is cut off. A window larger than the
-    axis sees all of it.
-    """
+    axis sees all of it."""
     start = torch.arange(length) - size // 2
     if kind == "clipped":
         return start.clamp(min=0), (start + size).clamp(max=length)
@@ -62,8 +61,7 @@ def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
     """Window attention on any device, without a mask: queries that share a window attend to it together.
 
     Of each axis, the positions near a border share one window and the others have their own. Memory is that of the
-    keys and values of one window.
-    """
+    keys and values of one window."""
     frames, height, width = grid
 
     def shared(length, size):
@@ -90,31 +88,41 @@ def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
     return attend
 
 
+# FlexAttention's options by GPU generation (major compute capability), as measured: 9 is H100 and H200
+FLEX_OPTIONS = {9: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3, USE_TMA=True)}
+
+
 def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
     """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask that it needs.
 
-    The mask does not depend on time. With time innermost, a block of 128 tokens is a few positions over all frames,
-    so that few blocks are visited in vain: this is why tokens stand in (h, w, t) order.
-    """
+    The mask does not depend on time. With time innermost, a block of 64 tokens is a few positions over all frames, so
+    that few blocks are visited in vain: this is why tokens stand in (h, w, t) order."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
     frames, height, width = grid
-    start_row, end_row = (ends.to(device) for ends in window_spans(height, window[0], kind))
-    start_column, end_column = (ends.to(device) for ends in window_spans(width, window[1], kind))
+    position = torch.arange(frames * height * width, device=device) // frames  # of a token
+    row, column = (position // width).int(), (position % width).int()
+    # Every token sees the rows and columns that are no farther than half a window from the middle of its window.
+    rows, columns = (torch.arange(length) if kind == "clipped" else window_spans(length, size)[0] + size // 2
+                     for length, size in ((height, window[0]), (width, window[1])))
+    middle_row, middle_column = rows.int().to(device)[row], columns.int().to(device)[column]
 
     def visible(batch, head, query, key):
-        query, key = query // frames, key // frames  # from tokens to positions
-        row, column = key // width, key % width
-        in_rows = (start_row[query // width] <= row) & (row < end_row[query // width])
-        return in_rows & (start_column[query % width] <= column) & (column < end_column[query % width])
+        in_rows = (row[key] - middle_row[query]).abs() <= window[0] // 2
+        return in_rows & ((column[key] - middle_column[query]).abs() <= window[1] // 2)
 
-    tokens = frames * height * width
-    # Compiled, both: run eagerly, either would materialise all N x N pairs. PyTorch compiles a function for 8 shapes
-    # and then runs it eagerly without a word: hence the reset, and fullgraph, which makes that an error.
-    torch.compiler.reset()
-    block_mask = torch.compile(create_block_mask)(visible, None, None, tokens, tokens, device=device)
-    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda query, key, value: attend(query, key, value, block_mask=block_mask, scale=scale)
+    # Compiled, both: run eagerly, either would materialise all N x N pairs. As PyTorch compiles a function for 8 shapes
+    # only and then does so without a word, fullgraph makes that an error, and the limit is put out of reach.
+    block_mask = torch.compile(create_block_mask)(visible, None, None, len(row), len(row), device,
+                                                  BLOCK_SIZE=options.get("BLOCK_M", 128))
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def attend(query, key, value):
+        with torch._dynamo.config.patch(recompile_limit=2**16):
+            return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
+
+    return attend
 
 
 def attention_scale(head_dim, native_tokens):
@@ -134,8 +142,7 @@ def predict(transformer, latents, timestep, text, attend_window, attend_full=Non
 
     With `attend_full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
     window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without it, those of
-    `features` take it. Without either, the window path has its own. Raises ValueError if `features` hold nothing then.
-    """
+    `features` take it (ValueError if there are none). Without either, the window path has its own."""
     if attend_full is None and features is not None and len(features) < len(transformer.blocks):
         raise ValueError("features hold nothing yet: the full path has to run first, with attend_full")
     _, _, frames, height, width = latents.shape
@@ -246,8 +253,7 @@ def generate(transformer, text, negative, shape, *, steps=50, flow_shift=3.0, gu
     """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native size.
 
     `text` and `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed gives the same noise on
-    every device. `progress` may wrap the list of steps, as tqdm does.
-    """
+    every device. `progress` may wrap the list of steps, as tqdm does."""
     solver = FlowUniPC(steps, flow_shift)
     latents = torch.randn(shape, generator=generator).to(text.device)
     for t in progress(solver.timesteps):
@@ -280,13 +286,11 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     see what each ingredient does. Raises ValueError if no step remains, or for another `kind`.
 
     `save(state)` is called with a dict of tensors before every step at which no kept features are needed; with that
-    `state`, a later call goes on from there, and gives the same latents.
-    """
+    `state`, a later call goes on from there, and gives the same latents."""
     if kind not in ("inward", "clipped", "full"):
         raise ValueError(f"kind is {kind!r}, but should be 'inward', 'clipped' or 'full'")
     if min(native) < 2 or latents.ndim != 5:
-        raise ValueError(f"native is {native}, but should be (rows, columns) from (2, 2) on; or latents are not "
-                         f"(B, 16, T, 2H, 2W), but {tuple(latents.shape)}")
+        raise ValueError(f"native {native} should be from (2, 2) on, latents {[*latents.shape]} (B, 16, T, 2H, 2W)")
     solver = FlowUniPC(steps, flow_shift, strength)
     batch, _, frames, height, width = latents.shape
     scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
@@ -303,8 +307,7 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
         latents = solver.resume(state)
     features = {} if override and cache_interval else None
     if features is not None and solver.index % cache_interval:
-        raise ValueError(f"the state is of step {solver.index}, which lacks the features that cache_interval "
-                         f"{cache_interval} needs there")
+        raise ValueError(f"state of step {solver.index} lacks the features that cache_interval {cache_interval} needs")
     for step, t in progress(list(enumerate(solver.timesteps))[solver.index :]):
         renewed = step % (cache_interval or 1) == 0
         if save is not None and renewed:

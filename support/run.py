@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import SafetensorError, load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support.checks import claim, explained, peak_memory
@@ -90,8 +91,7 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """Note the seconds of a stage, of all tries together, and its peak memory: of the GPU's tensors, or of the
-        process so far. Yields a progress bar. What ends it early is told with the way on."""
+        """Note a stage's seconds, of all tries, and peak memory, of the GPU or of the process so far. Yields a bar."""
         on_gpu, start = self.device.type == "cuda", time.time()
         on_gpu and torch.cuda.reset_peak_memory_stats(self.device)
         try:
