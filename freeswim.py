@@ -118,6 +118,7 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
                                                   BLOCK_SIZE=options.get("BLOCK_M", 128))
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
+    @torch.compiler.disable(recursive=False)  # where blocks are compiled, this is not a part of them
     def attend(query, key, value):
         with torch._dynamo.config.patch(recompile_limit=2**16):
             return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
