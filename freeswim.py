@@ -101,29 +101,30 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
 
     options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
     frames, height, width = grid
-    position = torch.arange(frames * height * width, device=device) // frames  # of a token
-    row, column = (position // width).int(), (position % width).int()
-    # Every token sees the rows and columns that are no farther than half a window from the middle of its window.
-    rows, columns = (torch.arange(length) if kind == "clipped" else window_spans(length, size)[0] + size // 2
-                     for length, size in ((height, window[0]), (width, window[1])))
-    middle_row, middle_column = rows.int().to(device)[row], columns.int().to(device)[column]
+    rows, columns = window[0] // 2, window[1] // 2  # half a window: how far a token sees from the middle of its window
+    # The middle follows the token, but inward only so far that the window stays on the axis.
+    low_row, low_column = (rows, columns) if kind == "inward" else (0, 0)
+    high_row, high_column = max(height - 1 - low_row, low_row), max(width - 1 - low_column, low_column)
 
     def visible(batch, head, query, key):
-        in_rows = (row[key] - middle_row[query]).abs() <= window[0] // 2
-        return in_rows & ((column[key] - middle_column[query]).abs() <= window[1] // 2)
+        query, key = query // frames, key // frames  # from tokens to positions
+        row = (query // width).clamp(low_row, high_row)
+        column = (query % width).clamp(low_column, high_column)
+        return ((key // width - row).abs() <= rows) & ((key % width - column).abs() <= columns)
+
+    def attend(query, key, value):
+        with unlimited():
+            return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
 
     # Compiled, both: run eagerly, either would materialise all N x N pairs. As PyTorch compiles a function for 8 shapes
     # only and then does so without a word, fullgraph makes that an error, and the limit is put out of reach.
-    block_mask = torch.compile(create_block_mask)(visible, None, None, len(row), len(row), device,
-                                                  BLOCK_SIZE=options.get("BLOCK_M", 128))
+    unlimited = partial(torch._dynamo.config.patch, recompile_limit=2**16)
+    tokens, block = frames * height * width, options.get("BLOCK_M", 128)
+    with unlimited():
+        prepare = torch.compile(create_block_mask, fullgraph=True)
+        block_mask = prepare(visible, None, None, tokens, tokens, device, BLOCK_SIZE=block)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    @torch.compiler.disable(recursive=False)  # where blocks are compiled, this is not a part of them
-    def attend(query, key, value):
-        with torch._dynamo.config.patch(recompile_limit=2**16):
-            return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
-
-    return attend
+    return torch.compiler.disable(attend, recursive=False)  # where blocks are compiled, it is not a part of them
 
 
 def attention_scale(head_dim, native_tokens):
