@@ -51,9 +51,8 @@ def inward_mask(height, width, window, kind="inward"):
 
 def dense_window(grid, window, scale=None, kind="inward", device="cpu"):
     """Window attention to read and to test against: one mask of N x N. N = T*H*W must be small."""
-    frames, height, width = grid
-    mask = inward_mask(height, width, window, kind).to(device)
-    mask = mask.repeat_interleave(frames, 0).repeat_interleave(frames, 1)  # every frame sees every frame
+    mask = inward_mask(*grid[1:], window, kind).to(device)
+    mask = mask.repeat_interleave(grid[0], 0).repeat_interleave(grid[0], 1)  # every frame sees every frame
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
@@ -101,28 +100,26 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
 
     options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
     frames, height, width = grid
-    rows, columns = window[0] // 2, window[1] // 2  # half a window: how far a token sees from the middle of its window
-    # The middle follows the token, but inward only so far that the window stays on the axis.
-    low_row, low_column = (rows, columns) if kind == "inward" else (0, 0)
-    high_row, high_column = max(height - 1 - low_row, low_row), max(width - 1 - low_column, low_column)
+    low, high = (-window[0], -window[1]), (height, width)  # the starts of windows: anywhere, or only on the axis
+    if kind == "inward":
+        low, high = (0, 0), (max(height - window[0], 0), max(width - window[1], 0))
 
     def visible(batch, head, query, key):
         query, key = query // frames, key // frames  # from tokens to positions
-        row = (query // width).clamp(low_row, high_row)
-        column = (query % width).clamp(low_column, high_column)
-        return ((key // width - row).abs() <= rows) & ((key % width - column).abs() <= columns)
+        row = (query // width - window[0] // 2).clamp(low[0], high[0])
+        column = (query % width - window[1] // 2).clamp(low[1], high[1])
+        in_rows = (key // width >= row) & (key // width < row + window[0])
+        return in_rows & (key % width >= column) & (key % width < column + window[1])
 
     def attend(query, key, value):
-        with unlimited():
+        with torch._dynamo.config.patch(recompile_limit=2**16):
             return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
 
-    # Compiled, both: run eagerly, either would materialise all N x N pairs. As PyTorch compiles a function for 8 shapes
-    # only and then does so without a word, fullgraph makes that an error, and the limit is put out of reach.
-    unlimited = partial(torch._dynamo.config.patch, recompile_limit=2**16)
-    tokens, block = frames * height * width, options.get("BLOCK_M", 128)
-    with unlimited():
-        prepare = torch.compile(create_block_mask, fullgraph=True)
-        block_mask = prepare(visible, None, None, tokens, tokens, device, BLOCK_SIZE=block)
+    # Compiled, both: run eagerly, either would materialise all N x N pairs, as PyTorch does without a word once it has
+    # compiled a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach.
+    tokens, prepare = frames * height * width, torch.compile(create_block_mask, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2**16):
+        block_mask = prepare(visible, None, None, tokens, tokens, device, options.get("BLOCK_M", 128))
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return torch.compiler.disable(attend, recursive=False)  # where blocks are compiled, it is not a part of them
 

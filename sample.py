@@ -42,7 +42,7 @@ import torch
 
 import freeswim
 import model
-from support import checks, media, parallel
+from support import checks, fast, media, parallel
 from support.run import Run
 
 
@@ -217,7 +217,7 @@ def load_models(args, folder, device, dtype):
     for part, cls in PARTS.items():  # all of them are in order, or refused, before any is loaded
         model.find_weights(model.build(cls, folder / part), folder / part)
     if "RANK" not in os.environ:
-        return (model.WanTransformer.from_pretrained(folder / "transformer", device, dtype),
+        return (fast.transformer_for(device).from_pretrained(folder / "transformer", device, dtype),
                 model.WanVAE.from_pretrained(folder / "vae", device))
     return (parallel.SharedTransformer.from_pretrained(folder / "transformer", device, dtype, args.shard_weights),
             parallel.SharedVAE.from_pretrained(folder / "vae", device))

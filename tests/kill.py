@@ -18,8 +18,8 @@ from command import latents, start
 
 SETTINGS = ["--size", "224x144", "--frames", "5", "--steps", "12", "--strength", "0.8", "--cache-interval", "2",
             "--device", "cpu"]
-STAGES = ["run.json", "state/text.safetensors", "state/base.safetensors", "base.mp4", "state/encode.safetensors",
-          "state/refine-progress.safetensors", "state/refine.safetensors", "freeswim.mp4"]  # in the order of appearance
+STAGES = ["run.json", "state/base.safetensors", "state/encode.safetensors", "state/refine-progress.safetensors",
+          "state/refine.safetensors", "freeswim.mp4"]  # in the order of appearance
 
 
 def finish(process):

@@ -30,7 +30,7 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree_with_one(ranks):
     output = finish(torchrun(ranks, ROOT / "tests" / "ranks.py"))
     assert all(f"rank {rank} of {ranks} agrees" in output for rank in range(ranks))

@@ -196,7 +196,7 @@ def test_killed_at_every_stage_a_run_goes_on_to_the_same_latents(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(finished, tmp_path, number):
     output = tmp_path / "run"
-    process = start("--model", finished / "model", "--output", output, *SMALL, "--steps", 1000)
+    process = start("--model", finished / "model", "--output", output, *SMALL, "--steps", 300)
     wait_for(output / "state" / "refine-progress.safetensors", process)
     process.send_signal(number)
     errors = process.communicate()[1].replace("\r", "\n").splitlines()
