@@ -1,7 +1,7 @@
 """The transformer with its blocks' parts compiled: norms, modulation, rotation and residuals in few passes over memory.
 
-The loop of the method stays as it is, and so does the attention, whose kernel is the caller's. On an H200 at 1080p a step
-takes a tenth less and half the memory; the first step of each kind takes some seconds longer.
+The loop of the method stays as it is, and so does the attention, whose kernel is the caller's. On an H200 at 1080p a
+step takes a tenth less and half the memory; the first step of each kind takes some seconds longer.
 """
 import sys
 

@@ -17,7 +17,7 @@ def start(*arguments, **options):
     """A started `python sample.py …`."""
     return subprocess.Popen(
         [sys.executable, ROOT / "sample.py", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)
+        text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **options)
 
 
 def run(*arguments, **options):
