@@ -46,7 +46,7 @@ def read_clip(file, count):
 def even(frames, count, file):
     """A clip of `count` frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
     if len(frames) < count:
-        fit = (len(frames) - 1) // 4 * 4 + 1
+        fit = max(len(frames) - 1, 0) // 4 * 4 + 1
         raise ValueError(f"--base-video {file}: has {len(frames)} frames; use --frames {fit}")
     clip = torch.from_numpy(np.stack(frames)[..., :3]).movedim(-1, 1)
     return clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
@@ -80,13 +80,19 @@ def to_frame(video, index):
 
 
 def write_video(file, video, fps):
-    """H.264, or for a single frame PNG."""
+    """H.264, or for a single frame PNG. Raises OSError if not all of it could be written."""
     if Path(file).suffix == ".png":
         return Image.fromarray(to_frame(video, 0)).save(file)
     with imageio.get_writer(file, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=9,
                             macro_block_size=1) as writer:
         for index in range(video.shape[2]):
             writer.append_data(to_frame(video, index))
+    try:  # the encoder ends without a word when its disk is full
+        count, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
+    except RuntimeError:
+        count = 0
+    if count != video.shape[2]:
+        raise OSError("the encoder wrote half of it; is the disk full?")
 
 
 def sample_frames(video):

@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import kill
@@ -238,6 +240,19 @@ def test_a_full_disk_is_named_and_nothing_is_lost(finished, tmp_path, limit):
     assert not [*output.rglob("part-*")] and not [*output.rglob(".tmp*")]
     run_here("--resume", output)
     assert latents(output)
+
+
+@pytest.mark.parametrize("limit", [2_000, 100_000])
+def test_half_a_video_is_noticed(tmp_path, limit):
+    """An encoder on a full disk ends without a word, and leaves half a file."""
+    script = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from support import media
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+media.write_video({str(tmp_path / "a.mp4")!r}, torch.rand(1, 3, 17, 128, 192) * 2 - 1, 16)"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "OSError: the encoder wrote half of it" in result.stderr
 
 
 def test_little_disk_need_is_told_in_mib(finished, tmp_path, monkeypatch):
