@@ -610,7 +610,7 @@ def build(cls, folder):
 def find_weights(model, folder):
     """Where the weights of a model are: {our name: (checkpoint name, file)}. Raises ValueError, naming file and tensor,
     unless the safetensors files of `folder` have exactly its tensors. Only their headers are read."""
-    folder, wanted = Path(folder), {checkpoint_name(ours): ours for ours in model.state_dict()}
+    folder, wanted = Path(folder), {checkpoint_name(ours): (ours, x.shape) for ours, x in model.state_dict().items()}
     files, index = sorted(folder.glob("*.safetensors")), next(folder.glob("*.safetensors.index.json"), None)
     indexed = read_json(index).get("weight_map") if index else None  # {checkpoint name: file name}
     if index:
@@ -632,12 +632,12 @@ def find_weights(model, folder):
     faults |= {name: f"should not be in {file}" for name, file in found.keys() - indexed.items()}
     faults |= {name: f"is not part of a {type(model).__name__}" for name in indexed.keys() - wanted.keys()}
     for (name, file), (shape, dtype) in ({} if faults else found).items():
-        right = tuple(model.state_dict()[wanted[name]].shape)
+        right = tuple(wanted[name][1])
         if shape != right or dtype not in ("F64", "F32", "F16", "BF16"):
             faults[name] = f"in {file} is {dtype} {shape}, but should be floating-point numbers {right}"
     for name, fault in faults.items():
         raise ValueError(f"{index or files[0]}: tensor {name} {fault}")
-    return {wanted[name]: (name, folder / file) for name, file in indexed.items()}
+    return {wanted[name][0]: (name, folder / file) for name, file in indexed.items()}
 
 
 def read_weights(model, sources, device, dtype, prefix=""):

@@ -92,8 +92,8 @@ class SharedTransformer(WanTransformer):
     def embed(self, latents, timestep, text):
         tokens, *rest, rotary = super().embed(latents, timestep, text)
         self.shared.length = tokens.shape[1]
-        own = torch.arange(tokens.shape[1], device=tokens.device).tensor_split(dist.get_world_size())[dist.get_rank()]
-        return tokens[:, own], *rest, [table[own] for table in rotary]
+        ranks, own = dist.get_world_size(), dist.get_rank()
+        return tokens.tensor_split(ranks, 1)[own], *rest, [table.tensor_split(ranks)[own] for table in rotary]
 
     def unembed(self, tokens, time, grid):
         return super().unembed(gather(tokens, math.prod(grid)), time, grid)
@@ -122,9 +122,9 @@ def start():
 
 def device_of(name):
     """The device of this process. Of several on a host, each has its own GPU."""
-    if name == "cuda" and dist.is_initialized():
+    if name != "cpu" and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device(name)
+    return torch.device(name.split(":")[0] if dist.is_initialized() else name)
 
 
 def from_first(compute):

@@ -19,7 +19,6 @@ from support.checks import claim, explained, peak_memory
 from support.parallel import from_first, rank
 
 
-
 class Run:
     """`output` is its folder, `device` where its tensors go, `record` what its run.json holds."""
 
@@ -96,6 +95,7 @@ class Run:
         on_gpu and torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield partial(tqdm, desc=name, disable=rank() > 0)
+            on_gpu and torch.cuda.synchronize(self.device)  # else what was only queued would count for the next stage
         except (MemoryError, RuntimeError) as error:
             raise explained(error, name, self.resume_hint()) from None
         finally:

@@ -13,6 +13,7 @@ from references import REFINEMENTS, as_clip, interval_of, load, names, refined
 from freeswim import FlowUniPC, attention_scale, dense_window, predict, upsample
 from model import full_attention
 
+
 @pytest.fixture(scope="module")
 def sets():
     return {name: load(name) for name in ("wide", "odd")}
