@@ -27,10 +27,9 @@ def window_spans(length, size, kind="inward"):
     An "inward" window moves inward at a border and keeps its size; a "clipped" one is cut off. A window larger than the
     axis sees all of it."""
     start = torch.arange(length) - size // 2
-    if kind == "clipped":
-        return start.clamp(min=0), (start + size).clamp(max=length)
-    start = start.clamp(0, max(length - size, 0))
-    return start, (start + size).clamp(max=length)
+    if kind == "inward":
+        start = start.clamp(0, max(length - size, 0))
+    return start.clamp(min=0), (start + size).clamp(max=length)
 
 
 def inward_mask(height, width, window, kind="inward"):
@@ -60,28 +59,26 @@ def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
     """Window attention on any device, without a mask: queries that share a window attend to it together.
 
     Of each axis, the positions near a border share one window and the others have their own. Memory is that of the
-    keys and values of one window."""
+    keys and values of one window's columns."""
     frames, height, width = grid
 
     def shared(length, size):
         spans = list(zip(*(ends.tolist() for ends in window_spans(length, size, kind))))
-        for span, run in itertools.groupby(range(length), key=spans.__getitem__):
-            positions = list(run)
-            yield slice(positions[0], positions[-1] + 1), slice(*span)
+        runs = ([*run] for _, run in itertools.groupby(range(length), key=spans.__getitem__))
+        return [(slice(run[0], run[-1] + 1), slice(*spans[run[0]])) for run in runs]
 
-    groups = list(itertools.product(shared(height, window[0]), shared(width, window[1])))
+    all_rows, all_columns = shared(height, window[0]), shared(width, window[1])
 
     def attend(query, key, value):
-        parts = (x.contiguous() for x in (query, key, value))  # many slices will be copied from them, in long runs
-        query, key, value = (x.unflatten(2, (height, width, frames)) for x in parts)
+        query, key, value = (x.unflatten(2, (height, width, frames)) for x in (query, key, value))
         attended = torch.empty_like(query)  # (B, heads, H, W, T, head_dim)
-        for (rows, seen_rows), (columns, seen_columns) in groups:
-            attended[:, :, rows, columns] = F.scaled_dot_product_attention(
-                query[:, :, rows, columns].flatten(2, 4),
-                key[:, :, seen_rows, seen_columns].flatten(2, 4),
-                value[:, :, seen_rows, seen_columns].flatten(2, 4),
-                scale=scale,
-            ).view_as(attended[:, :, rows, columns])
+        for columns, seen_columns in all_columns:
+            seen_key, seen_value = (x[:, :, :, seen_columns].contiguous() for x in (key, value))
+            for rows, seen_rows in all_rows:  # views of these copies
+                part = query[:, :, rows, columns]
+                attended[:, :, rows, columns] = F.scaled_dot_product_attention(
+                    part.flatten(2, 4), seen_key[:, :, seen_rows].flatten(2, 4),
+                    seen_value[:, :, seen_rows].flatten(2, 4), scale=scale).view_as(part)
         return attended.flatten(2, 4)
 
     return attend
@@ -96,8 +93,6 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
 
     The mask does not depend on time. With time innermost, a block of 64 tokens is a few positions over all frames, so
     that few blocks are visited in vain: this is why tokens stand in (h, w, t) order."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
     frames, height, width = grid
     low, high = (-window[0], -window[1]), (height, width)  # the starts of windows: anywhere, or only on the axis
@@ -111,17 +106,22 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
         in_rows = (key // width >= row) & (key // width < row + window[0])
         return in_rows & (key % width >= column) & (key % width < column + window[1])
 
-    def attend(query, key, value):
-        with torch._dynamo.config.patch(recompile_limit=2**16):
-            return compiled(query, key, value, block_mask=block_mask, scale=scale, kernel_options=options)
+    return flex_attend(visible, frames * height * width, scale, device, options)
 
-    # Compiled, both: run eagerly, either would materialise all N x N pairs, as PyTorch does without a word once it has
-    # compiled a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach.
-    tokens, prepare = frames * height * width, torch.compile(create_block_mask, fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=2**16):
-        block_mask = prepare(visible, None, None, tokens, tokens, device, options.get("BLOCK_M", 128))
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return torch.compiler.disable(attend, recursive=False)  # where blocks are compiled, it is not a part of them
+
+def flex_attend(visible, tokens, scale, device, options):
+    """Attention in which a query sees the keys that `visible(batch, head, query, key)` grants it, by FlexAttention.
+
+    Both parts are compiled: run eagerly, either would materialise all N x N pairs, as PyTorch does without a word once
+    it has compiled a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    unlimited = torch._dynamo.config.patch(recompile_limit=2**16)
+    prepare = unlimited(torch.compile(create_block_mask, fullgraph=True))
+    compiled = unlimited(torch.compile(flex_attention, dynamic=False, fullgraph=True))
+    given = dict(block_mask=prepare(visible, None, None, tokens, tokens, device, options.get("BLOCK_M", 128)),
+                 scale=scale, kernel_options=options)
+    return torch.compiler.disable(lambda query, key, value: compiled(query, key, value, **given), recursive=False)
 
 
 def attention_scale(head_dim, native_tokens):
@@ -271,8 +271,8 @@ def upsample(video, height, width):
 
 @torch.no_grad()
 def refine(transformer, latents, text, negative, *, native, steps=50, strength=0.7, flow_shift=9.0, guidance=5.0,
-           cache_interval=None, scale_tokens=None, generator=None, kind="inward", override=True, progress=iter,
-           state=None, save=None):
+           cache_interval=None, scale_tokens=None, generator=None, kind="inward", override=True, prepare=None,
+           features=None, progress=iter, state=None, save=None):
     """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip, encoded and clean.
 
     `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and `progress` are as in
@@ -282,7 +282,8 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     `cache_interval=None` runs both paths at every step, for the negative prompt too. With k, the full path runs every
     k steps, for the prompt only, and its features serve until the next; the negative prompt's window path has its own
     cross-attention (paper, section 3.4). The window's `kind` may also be "clipped" or "full", and `override` off, to
-    see what each ingredient does. Raises ValueError if no step remains, or for another `kind`.
+    see what each ingredient does. Raises ValueError if no step remains, or for another `kind`. `prepare` makes the
+    window attention (`flex_window` on a GPU, else `grouped_window`), `features` keeps features (a dict).
 
     `save(state)` is called with a dict of tensors before every step at which no kept features are needed; with that
     `state`, a later call goes on from there, and gives the same latents."""
@@ -295,16 +296,15 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
     attend_full = attend_window = partial(full_attention, scale=scale)
     if kind != "full":
-        prepare = flex_window if latents.is_cuda else grouped_window
+        prepare = prepare or (flex_window if latents.is_cuda else grouped_window)
         window = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
         attend_window = prepare((frames, height // 2, width // 2), window, scale, kind, latents.device)
 
     if state is None:
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        latents = solver.add_noise(latents, noise)
+        latents = solver.add_noise(latents, torch.randn(latents.shape, generator=generator).to(latents.device))
     else:
         latents = solver.resume(state)
-    features = {} if override and cache_interval else None
+    features = None if not (override and cache_interval) else {} if features is None else features
     if features is not None and solver.index % cache_interval:
         raise ValueError(f"state of step {solver.index} lacks the features that cache_interval {cache_interval} needs")
     for step, t in progress(list(enumerate(solver.timesteps))[solver.index :]):

@@ -1,7 +1,6 @@
 """Wan2.1 from scratch: the diffusion transformer, the causal video VAE, the UMT5 text encoder, and their loading.
 
-Nothing here knows of FreeSwim: attention is handed to the transformer as a function, and a block's three parts can be
-called one by one, so that a cross-attention output can be handed over as a tensor.
+Nothing here knows of FreeSwim: attention is handed to it as a function, a cross-attention output as a tensor.
 
 Letters in shapes: B clips, F frames, T latent frames (F = 4(T - 1) + 1), H x W tokens per frame, N = T*H*W tokens,
 D channels, L text tokens. One token is a patch of 2 x 2 latents, one latent is 8 x 8 pixels. Tokens stand in
@@ -32,10 +31,9 @@ def full_attention(query, key, value, scale=None):
 
 
 def rotary_table(grid, head_dim, device):
-    """Cosines and sines of the 3D rotary embedding, each (N, 1, head_dim / 2), for tokens in (h, w, t) order.
-
-    `grid` is (T, H, W). A head's channels are split over frames, rows and columns, each rotated by its own position.
-    The angles are computed in float64 and stored in float32, as Wan does."""
+    """Cosines and sines of the 3D rotary embedding, each (N, 1, head_dim / 2), for tokens in (h, w, t) order of `grid`,
+    (T, H, W): a head's channels are split over frames, rows and columns, each rotated by its own position. The angles
+    are computed in float64 and stored in float32, as Wan does."""
     share = 2 * (head_dim // 6)
     frames, rows, columns = (torch.arange(length, dtype=torch.float64, device=device) for length in grid)
     rows, columns, frames = (axis.flatten() for axis in torch.meshgrid(rows, columns, frames, indexing="ij"))
@@ -51,8 +49,11 @@ def rotary_table(grid, head_dim, device):
 def rotate(x, rotary):
     """Rotate neighbouring channel pairs of `x`, (B, N, heads, head_dim), by the angles of its position; in float32."""
     cos, sin = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, heads, head_dim / 2)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, heads, head_dim / 2, 2)
+    if torch.compiler.is_compiling():  # compilers fuse real numbers only; else, complex ones take a single pass
+        even, odd = pairs.unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -82,7 +83,7 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, ffn_dim, eps):
         super().__init__()
-        self.eps = eps
+        self.eps, self.piece = eps, 2**29 // ffn_dim  # tokens whose feed-forward network runs at a time
         self.self_attn, self.cross_attn = Attention(dim, heads, eps), Attention(dim, heads, eps)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
@@ -99,9 +100,10 @@ class Block(nn.Module):
         return self.cross_attn(self.norm2(tokens.float()).to(tokens.dtype), text, full_attention)
 
     def feed_forward(self, tokens, modulation):
-        """The tokens after the feed-forward network."""
+        """The tokens after the feed-forward network. In pieces: its inner tensor would be the largest of all."""
         shift, scale, gate = (self.table + modulation).chunk(6, dim=1)[3:]
-        return (tokens.float() + gate * self.ffn(modulate(tokens, shift, scale, self.eps))).to(tokens.dtype)
+        pieces = ((x, self.ffn(modulate(x, shift, scale, self.eps))) for x in tokens.split(self.piece, dim=1))
+        return torch.cat([(x.float() + gate * y).to(x.dtype) for x, y in pieces], dim=1)
 
 
 def modulate(tokens, shift, scale, eps):
@@ -169,8 +171,7 @@ class WanTransformer(nn.Module):
         return patches.permute(0, 6, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4)
 
     def forward(self, latents, timestep, text, attend=full_attention):
-        """The velocity noise - clean at `latents`, same shape, float32. Shapes as in `embed`; `attend` maps query,
-        key and value, (B, heads, N, head_dim) in (h, w, t) order, to the attended values."""
+        """The velocity noise - clean at `latents`, in its shape, float32. Inputs are as in `embed`."""
         batch, _, frames, height, width = latents.shape
         tokens, time, modulation, text, rotary = self.embed(latents, timestep, text)
         for block in self.blocks:
@@ -380,8 +381,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video, tiled=True, progress=iter):
         """`video` (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of 8 (ValueError if not), to its most
-        likely latents (B, 16, k + 1, H/8, W/8), normalised, where the weights are. The video may stay on the CPU: it is
-        taken there in chunks. `progress` may wrap the list of tiles, as tqdm does."""
+        likely latents (B, 16, k + 1, H/8, W/8), normalised. It may stay on the CPU. `progress` may wrap the tiles."""
         batch, _, frames, height, width = video.shape
         if frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(f"cannot encode {frames} frames of {width}x{height}: frames must be 4k + 1, sides 8k")
@@ -481,8 +481,7 @@ class TextLayer(nn.Module):
 
 class TextEncoder(nn.Module):
     """The UMT5 encoder. `config` is the content of its config.json. Wan's has 5.7 billion parameters, needed once per
-    prompt. So `from_pretrained` reads no weights: each forward looks the tokens up in the file's embedding table and
-    streams the layers, one in memory at a time."""
+    prompt: `from_pretrained` reads none of them, each forward maps the embedding table and streams layer by layer."""
 
     FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}
     SIZES = {

@@ -42,7 +42,7 @@ import torch
 
 import freeswim
 import model
-from support import checks, fast, media, parallel
+from support import checks, fast, media, memory, parallel
 from support.run import Run
 
 
@@ -56,7 +56,8 @@ class Preset:
     fps: float  # frames per second
     base_shift: float  # flow shift of the base generation
     flow_shift: float  # flow shift of the refinement
-    strength: float  # share of the steps that the refinement runs
+    steps: int  # of the whole noise schedule
+    strength: float  # share of them that the refinement runs
     guidance: float
     text_length: int  # tokens: what a prompt is padded to with zeros, which the cross-attention sees
     tall: bool  # was it trained on frames of the native size turned upright, too?
@@ -69,12 +70,12 @@ BLUR = "overexposed, static, blurred details, subtitles, worst quality, low qual
 FISH = ("a small orange striped fish swims right and a small purple spotted fish swims left above a sandy floor with "
         "seaweed and bubbles")
 PRESETS = {  # by the width of the transformer, in channels
-    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, strength=0.5, guidance=3.5,
-                text_length=32, tall=False, prompt=FISH, negative_prompt=""),  # the bundled one
-    1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, strength=0.7, guidance=5.0,
-                 text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B
-    5120: Preset(720, 1280, 81, 16, base_shift=5.0, flow_shift=9.0, strength=0.7, guidance=5.0,
-                 text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 14B
+    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=3.0, steps=30, strength=0.5,
+                guidance=3.5, text_length=32, tall=False, prompt=FISH, negative_prompt=""),  # the bundled one
+    1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, steps=50, strength=0.7,
+                 guidance=5.0, text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B
+    5120: Preset(720, 1280, 81, 16, base_shift=5.0, flow_shift=9.0, steps=50, strength=0.7,
+                 guidance=5.0, text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 14B
 }
 PARTS = {"transformer": model.WanTransformer, "text_encoder": model.TextEncoder, "vae": model.WanVAE}
 COMPARED = {  # with --compare: what each ingredient does
@@ -103,7 +104,7 @@ def parse_arguments():
     size.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the refined video, in pixels, even")
     size.add_argument("--scale", type=float, default=2.0, help="of the refined video to the native one (%(default)s)")
     add("--frames", type=int, help="4k + 1")
-    add("--steps", type=int, default=50, help="of the whole noise schedule (%(default)s)")
+    add("--steps", type=int, help="of the whole noise schedule")
     add("--strength", type=float, help="share of the steps that the refinement runs")
     add("--guidance", type=float, help="scale of the classifier-free guidance")
     add("--flow-shift", type=float, help="of the refinement's noise schedule")
@@ -121,6 +122,9 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="even if the output folder holds another run")
     add("--resume", metavar="FOLDER", help="go on with the run in this output folder, with its settings")
     add("--compare", action="store_true", help="also full attention and windows without override, in one picture")
+    add("--features", choices=("gpu", "cpu"), help="where what the cache keeps is (default: where it fits)")
+    add("--offload", action=argparse.BooleanOptionalAction,
+        help="stream the transformer's weights from the CPU (default: if they do not fit beside the rest)")
     add("--shard-weights", action="store_true", help="under torchrun: spread the transformer's weights over the GPUs")
     defaults = vars(parser.parse_args([]))
     typed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, ...))))
@@ -130,12 +134,9 @@ def parse_arguments():
 # ---------------------------------------------------------------------------------------------------------------------
 # What is checked before anything is loaded, fetched or written
 
-ELSEWHERE = {"output", "overwrite", "resume", "shard_weights"}  # not settings of the run
-CHANGEABLE = {"resume", "device", "compare", "shard_weights"}  # what may be said beside --resume
-RANGES = {
-    "frames": (1, 10**6), "steps": (1, 1000), "seed": (0, 2**63 - 1), "strength": (1e-3, 1), "guidance": (1e-3, 1000),
-    "flow_shift": (1e-3, 1000), "cache_interval": (1, 1000), "fps": (1e-3, 1000),
-}
+WHERE = {"features", "offload", "shard_weights"}  # a run's results do not depend on them
+ELSEWHERE = {"output", "overwrite", "resume", *WHERE}  # not settings of the run
+CHANGEABLE = {"resume", "device", "compare", *WHERE}  # what may be said beside --resume
 
 
 def check(typed, defaults):
@@ -153,22 +154,14 @@ def check(typed, defaults):
     number = re.fullmatch(r"cpu|cuda:?(\d*)", args.device)
     if not number or args.device != "cpu" and int(number[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {args.device}: choose cpu or, PyTorch sees {torch.cuda.device_count()} here, a GPU")
-    if args.shard_weights and "RANK" not in os.environ:
-        raise ValueError("--shard-weights: needs several processes; start them with torchrun --nproc-per-node N …")
     check_model(args)
-    for name in ("prompt", "negative_prompt", "frames", "strength", "guidance", "flow_shift"):
+    for name in ("prompt", "negative_prompt", "frames", "steps", "strength", "guidance", "flow_shift"):
         setattr(args, name, getattr(args.preset, name) if getattr(args, name) is None else getattr(args, name))
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.tokenizer = model.load_tokenizer(args.folder / "tokenizer", args.preset.text_length)
     if not model.clean_prompt(args.prompt):
         raise ValueError(f"--prompt {args.prompt!r} is empty: say what to show")
-    for name, (low, high) in RANGES.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
-    if args.frames % 4 != 1:
-        raise ValueError(f"--frames {args.frames}: Wan takes 4k + 1 frames, such as {args.frames // 4 * 4 + 1}")
-    if int(args.steps * args.strength) < 1:
-        raise ValueError(f"--strength {args.strength} of --steps {args.steps}: at least one step must run")
+    checks.check_values(args)
     args.clip, total, shape = None, args.frames, (args.preset.height, args.preset.width)
     if args.base_video and not begun:
         args.base_video = str(Path(args.base_video).absolute())
@@ -213,14 +206,21 @@ def check_model(args):
 
 
 def load_models(args, folder, device, dtype):
-    """The transformer and the VAE, each shared by all processes if there are several."""
-    for part, cls in PARTS.items():  # all of them are in order, or refused, before any is loaded
-        model.find_weights(model.build(cls, folder / part), folder / part)
-    if "RANK" not in os.environ:
-        return (fast.transformer_for(device).from_pretrained(folder / "transformer", device, dtype),
-                model.WanVAE.from_pretrained(folder / "vae", device))
-    return (parallel.SharedTransformer.from_pretrained(folder / "transformer", device, dtype, args.shard_weights),
-            parallel.SharedVAE.from_pretrained(folder / "vae", device))
+    """The transformer and the VAE, each shared by all processes if there are several, and what `refine` uses here."""
+    parts = {part: model.build(cls, folder / part) for part, cls in PARTS.items()}
+    for part, empty in parts.items():  # all of them are in order, or refused, before any is loaded
+        model.find_weights(empty, folder / part)
+    memory.plan_memory(args, parts["transformer"], dtype, device)
+    suited = {"prepare": fast.window_for(device, dtype, parts["transformer"].head_dim),
+              "features": memory.FeaturesOnCPU(device) if args.features == "cpu" else None}
+    if "RANK" in os.environ:
+        return (parallel.SharedTransformer.from_pretrained(folder / "transformer", device, dtype, args.shard_weights),
+                parallel.SharedVAE.from_pretrained(folder / "vae", device), suited)
+    transformer = fast.transformer_for(device).from_pretrained(
+        folder / "transformer", "cpu" if args.offload else device, dtype)
+    if args.offload:
+        memory.stream_blocks(transformer, device)
+    return transformer, model.WanVAE.from_pretrained(folder / "vae", device), suited
 
 
 def embed_prompts(args, folder, device, dtype):
@@ -247,7 +247,7 @@ def main(typed, defaults):
     checks.check_unchanged(args, {"weights": folder})
     run = Run(args.output, device, record)
     with run.stage("load"):
-        transformer, vae = load_models(args, folder, device, dtype)
+        models = load_models(args, folder, device, dtype)
     prompts = run.load("text", "text", "negative") if args.begun else None
     if prompts is None:
         with run.stage("text"):
@@ -257,12 +257,12 @@ def main(typed, defaults):
         signal.signal(number, partial(stop, message=run.resume_hint()))
     try:
         run.save("text", prompts)
-        make_videos(run, args, transformer, vae, {name: tensor.to(device) for name, tensor in prompts.items()})
+        make_videos(run, args, *models, {name: tensor.to(device) for name, tensor in prompts.items()})
     finally:
         run.end()
 
 
-def make_videos(run, args, transformer, vae, prompts):
+def make_videos(run, args, transformer, vae, suited, prompts):
     """The way of a clip: base, upsampled, encoded, refined, decoded, written; nothing is computed twice."""
     (height, width), native, first = args.target, args.native, parallel.rank() == 0
     if first:
@@ -294,7 +294,7 @@ def make_videos(run, args, transformer, vae, prompts):
             transformer, clean, **sampling, native=(native[0] // 16, native[1] // 16), strength=args.strength,
             flow_shift=args.flow_shift, generator=torch.Generator().manual_seed(args.seed + 1), progress=progress,
             state=run.load(f"{name}-progress", "step", "latents"), save=partial(run.save, f"{name}-progress"),
-            **options))
+            **suited, **options))
         with run.stage(f"decode {name}") as progress:
             video = media.middle(vae.decode(latents, tiled, progress), height, width)
         if first:

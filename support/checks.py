@@ -45,6 +45,27 @@ def download(name, weights=True):
                          "folder") from None
 
 
+RANGES = {
+    "frames": (1, 10**6), "steps": (1, 1000), "seed": (0, 2**63 - 1), "strength": (1e-3, 1), "guidance": (1e-3, 1000),
+    "flow_shift": (1e-3, 1000), "cache_interval": (1, 1000), "fps": (1e-3, 1000),
+}
+
+
+def check_values(args):
+    """Refuse what cannot be, or would end at once."""
+    if args.shard_weights and "RANK" not in os.environ:
+        raise ValueError("--shard-weights: needs several processes; start them with torchrun --nproc-per-node N …")
+    if args.offload and ("RANK" in os.environ or args.device == "cpu"):
+        raise ValueError("--offload: is for one process and a GPU; spread weights over several with --shard-weights")
+    for name, (low, high) in RANGES.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    if args.frames % 4 != 1:
+        raise ValueError(f"--frames {args.frames}: Wan takes 4k + 1 frames, such as {args.frames // 4 * 4 + 1}")
+    if int(args.steps * args.strength) < 1:
+        raise ValueError(f"--strength {args.strength} of --steps {args.steps}: at least one step must run")
+
+
 def plan_size(args, shape, total):
     """Settle the size of the refined video, `args.target`, what is computed for it, `args.computed`, and the model's
     native size, each (height, width) in pixels. `shape` is that of the base clip, of whose frames there are `total`.

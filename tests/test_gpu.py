@@ -6,6 +6,7 @@ from oracle import relative, token_mask, window_attention
 from references import REFINEMENTS, interval_of, load, refined
 
 from freeswim import flex_window, grouped_window
+from support import memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -78,3 +79,20 @@ def test_whole_refinement(name, tensor):
     case.transformer.cuda()
     case.expected = {key: value.cuda() for key, value in case.expected.items()}
     assert relative(refined(case, cache_interval=interval_of(tensor)), result) <= 1e-3
+
+
+def on_gpu(name):
+    case = load(name)
+    case.expected = {key: value.cuda() for key, value in case.expected.items()}
+    return case
+
+
+def test_features_and_weights_on_the_cpu():
+    """Copied beside the computation, they are the same, bit for bit."""
+    case, streamed = on_gpu("odd"), on_gpu("odd")
+    case.transformer.cuda()
+    memory.stream_blocks(streamed.transformer, torch.device("cuda"))
+    expected = refined(case, cache_interval=3)
+    for _ in range(3):
+        assert torch.equal(refined(case, cache_interval=3, features=memory.FeaturesOnCPU("cuda")), expected)
+        assert torch.equal(refined(streamed, cache_interval=3), expected)

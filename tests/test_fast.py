@@ -1,0 +1,111 @@
+"""What is faster, or takes less of a GPU's memory, gives the same numbers. On a CPU, the same code runs without its
+streams; tests/test_gpu.py runs it with them."""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import relative, token_mask
+from references import load, refined
+
+import freeswim
+import model
+from support import fast, memory
+
+
+@pytest.fixture(scope="module")
+def case():
+    return load("odd")
+
+
+@torch.no_grad()
+def test_rotation_as_compilers_see_it():
+    """In real numbers; but for the order of two roundings, it is the same."""
+    x, rotary = torch.randn(2, 24, 3, 20), model.rotary_table((2, 3, 4), 20, "cpu")
+    compiled = torch.compile(model.rotate, backend="eager", fullgraph=True)
+    assert relative(compiled(x, rotary), model.rotate(x, rotary)) <= 1e-6
+    assert compiled(x.bfloat16(), rotary).dtype == model.rotate(x.bfloat16(), rotary).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_feed_forward_in_pieces():
+    block = model.Block(32, 2, 64, 1e-6)
+    tokens, modulation = torch.randn(2, 50, 32), torch.randn(2, 6, 32)
+    whole = block.feed_forward(tokens, modulation)
+    largest = []
+    block.ffn[0].register_forward_hook(lambda layer, inputs, output: largest.append(output.shape[1]))
+    block.piece = 7
+    assert (block.feed_forward(tokens, modulation) - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert largest == 7 * [7] + [1]
+
+
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
+@pytest.mark.parametrize("grid, window", [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3))])
+def test_the_mask_that_flash_attention_gets(monkeypatch, grid, window, kind):
+    given = []
+    monkeypatch.setattr(fast, "flex_attend", lambda *arguments: given.extend(arguments))
+    fast.flash_window(grid, window, 0.5, kind, "cpu")
+    visible, tokens, scale, device, options = given
+    index = torch.arange(tokens)
+    assert torch.equal(visible(0, 0, index[:, None], index), token_mask(grid, window, kind))
+    assert (scale, device, options) == (0.5, "cpu", {"BACKEND": "FLASH"})
+
+
+def test_without_flash_attention_a_line_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
+    assert fast.window_for(torch.device("cuda"), torch.bfloat16, 128) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Triton" in said and "flash_attn" in said
+    assert fast.window_for(torch.device("cuda"), torch.float32, 128) is None and capsys.readouterr().err == ""
+
+
+def test_refine_takes_another_window(case):
+    prepared = []
+
+    def prepare(*arguments):
+        prepared.append(arguments)
+        return freeswim.dense_window(*arguments)
+
+    result = refined(case, prepare=prepare)
+    assert len(prepared) == 1
+    assert (result - refined(case)).abs().max() <= 1e-5 * result.abs().max()
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_features_on_the_cpu(case, interval):
+    features = memory.FeaturesOnCPU("cpu")
+    assert torch.equal(refined(case, cache_interval=interval, features=features), refined(case, cache_interval=interval))
+    assert len(features) == len(case.transformer.blocks)
+    assert torch.equal(refined(case, cache_interval=2, features=features), refined(case, cache_interval=2))  # used again
+
+
+def test_streamed_blocks(case):
+    expected = refined(case, cache_interval=2)
+    streamed = load("odd")
+    memory.stream_blocks(streamed.transformer, torch.device("cpu"))
+    assert torch.equal(refined(streamed, cache_interval=2), expected)
+    slots = {id(block) for block in streamed.transformer.blocks}
+    assert len(slots) == 2 <= len(streamed.transformer.blocks)
+
+
+@pytest.mark.parametrize("free, typed, expected", [
+    (40, {}, ("gpu", False)),
+    (20, {}, ("cpu", False)),
+    (20, dict(cache_interval=None), ("gpu", False)),
+    (8, {}, ("cpu", True)),
+    (8, dict(offload=False), ("cpu", False)),
+    (40, dict(features="cpu", offload=True), ("cpu", True)),
+    (20, dict(features="gpu"), ("gpu", True)),
+])
+def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
+    """The 1.3B model at 1088x1920 and 81 frames: features take 14.7 GiB, weights 2.6."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
+    args = SimpleNamespace(**dict(features=None, offload=None, cache_interval=5, frames=81, computed=(1088, 1920)) | typed)
+    config = model.read_json(Path(__file__).parent / "wan2.1-t2v-1.3b/transformer/config.json")
+    with torch.device("meta"):
+        transformer = model.WanTransformer(config)
+    memory.plan_memory(args, transformer, torch.bfloat16, torch.device("cuda"))
+    assert (args.features, args.offload) == expected
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"of {free}" in said
