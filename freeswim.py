@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from model import full_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inward windows (paper, section 3.2)
+# Inward windows (paper, section 3.2), then attention within them, three times the same: each function prepares an
+# `attend` from query, key and value, each (B, heads, N, head_dim) with tokens in (h, w, t) order, to attended values
 
 
 def window_spans(length, size, kind="inward"):
@@ -36,30 +37,23 @@ def inward_mask(height, width, window, kind="inward"):
     """May a query position see a key position? bool (height * width, height * width), both row by row."""
 
     def axis(length, size):
-        start, end = window_spans(length, size, kind)
-        key = torch.arange(length)
+        (start, end), key = window_spans(length, size, kind), torch.arange(length)
         return (start[:, None] <= key) & (key < end[:, None])  # (query, key)
 
     rows, columns = axis(height, window[0]), axis(width, window[1])
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
 
 
-# The same function three times. Each of these prepares an `attend`: a function of query, key and value, each
-# (B, heads, N, head_dim) with tokens in (h, w, t) order.
-
-
 def dense_window(grid, window, scale=None, kind="inward", device="cpu"):
-    """Window attention to read and to test against: one mask of N x N. N = T*H*W must be small."""
+    """Window attention to read and to test against: one mask of N x N, so N = T*H*W must be small."""
     mask = inward_mask(*grid[1:], window, kind).to(device)
     mask = mask.repeat_interleave(grid[0], 0).repeat_interleave(grid[0], 1)  # every frame sees every frame
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
-    """Window attention on any device, without a mask: queries that share a window attend to it together.
-
-    Of each axis, the positions near a border share one window and the others have their own. Memory is that of the
-    keys and values of one window's columns."""
+    """Window attention on any device, without a mask: queries that share a window attend to it together. Of each axis,
+    the positions near a border share one, the others have their own. Memory is that of one window's columns."""
     frames, height, width = grid
 
     def shared(length, size):
@@ -84,44 +78,58 @@ def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
     return attend
 
 
-# FlexAttention's options by GPU generation (major compute capability), as measured: 9 is H100 and H200
-FLEX_OPTIONS = {9: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3, USE_TMA=True)}
+# FlexAttention's options, as measured, by GPU generation (major compute capability): 9 is H100 and H200
+FLEX_OPTIONS = {9: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3, USE_TMA=True),
+                "flash-attn-4": dict(BACKEND="FLASH")}  # where that package is installed, support/fast.py prefers it
 
 
-def flex_window(grid, window, scale=None, kind="inward", device="cuda"):
+def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=None):
     """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask that it needs.
 
     The mask does not depend on time. With time innermost, a block of 64 tokens is a few positions over all frames, so
     that few blocks are visited in vain: this is why tokens stand in (h, w, t) order."""
-    options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
-    frames, height, width = grid
-    low, high = (-window[0], -window[1]), (height, width)  # the starts of windows: anywhere, or only on the axis
-    if kind == "inward":
-        low, high = (0, 0), (max(height - window[0], 0), max(width - window[1], 0))
-
-    def visible(batch, head, query, key):
-        query, key = query // frames, key // frames  # from tokens to positions
-        row = (query // width - window[0] // 2).clamp(low[0], high[0])
-        column = (query % width - window[1] // 2).clamp(low[1], high[1])
-        in_rows = (key // width >= row) & (key // width < row + window[0])
-        return in_rows & (key % width >= column) & (key % width < column + window[1])
-
-    return flex_attend(visible, frames * height * width, scale, device, options)
-
-
-def flex_attend(visible, tokens, scale, device, options):
-    """Attention in which a query sees the keys that `visible(batch, head, query, key)` grants it, by FlexAttention.
-
-    Both parts are compiled: run eagerly, either would materialise all N x N pairs, as PyTorch does without a word once
-    it has compiled a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {}) if options is None else options
+    frames, height, width = grid
+    rows, columns = (min(sizes) for sizes in zip(window, grid[1:])) if kind == "inward" else window
+    tokens, fill = math.prod(grid), -math.prod(grid) % 128  # in whole blocks, the kernel is a tenth faster
+
+    # A row and a column are one number, row * 2**14 + column, so that both are compared at once.
+    def place(key):
+        row, column = key // frames // width, key // frames % width
+        return torch.where(row < height, row * 2**14 + column, 2**29)  # what fills the last block is far from all
+
+    def start(query):  # of its window
+        row, column = query // frames // width - window[0] // 2, query // frames % width - window[1] // 2
+        if kind == "inward":
+            row, column = row.clamp(0, height - rows), column.clamp(0, width - columns)
+        return row * 2**14 + column
+
+    if "BACKEND" in options:  # FLASH knows no division: the numbers are looked up
+        places, starts = (number(torch.arange(tokens + fill, device=device)).int() for number in (place, start))
+        place, start = lambda key: places[key], lambda query: starts[query]
+
+    def visible(batch, head, query, key):
+        ahead = place(key) - start(query)  # a key before the window makes this negative, one behind it the rest below:
+        rest = (rows - 1) * 2**14 + columns - 1 - ahead  # then bit 30 is set, or bit 13 if it is so in columns alone
+        return (ahead | rest) & (2**30 + 2**13) == 0
+
+    def attend(query, key, value):
+        attended = torch.empty_like(query)
+        groups = (part.split(4, dim=1) for part in (query, key, value, attended))  # small copies, small indices
+        for *parts, result in zip(*groups):
+            parts = (F.pad(part, (0, 0, 0, fill)) for part in parts)
+            result.copy_(compiled(*parts, block_mask=block_mask, scale=scale, kernel_options=options)[:, :, :tokens])
+        return attended
+
+    # Run eagerly, either of these would hold all N x N pairs, as PyTorch does without a word once it has compiled
+    # a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach.
     unlimited = torch._dynamo.config.patch(recompile_limit=2**16)
     prepare = unlimited(torch.compile(create_block_mask, fullgraph=True))
     compiled = unlimited(torch.compile(flex_attention, dynamic=False, fullgraph=True))
-    given = dict(block_mask=prepare(visible, None, None, tokens, tokens, device, options.get("BLOCK_M", 128)),
-                 scale=scale, kernel_options=options)
-    return torch.compiler.disable(lambda query, key, value: compiled(query, key, value, **given), recursive=False)
+    block_mask = prepare(visible, None, None, tokens + fill, tokens + fill, device, options.get("BLOCK_M", 128))
+    return torch.compiler.disable(attend, recursive=False)  # where blocks are compiled, it is not a part of them
 
 
 def attention_scale(head_dim, native_tokens):
@@ -135,9 +143,8 @@ def attention_scale(head_dim, native_tokens):
 
 
 def predict(transformer, latents, timestep, text, attend_window, attend_full=None, features=None):
-    """The velocity that the window path predicts, float32, in the shape of `latents`, (B, 16, T, 2H, 2W).
-
-    `timestep` is (B,), `text` (B, L, text_dim); `attend_window` and `attend_full` are the two paths' self-attentions.
+    """The velocity that the window path predicts, float32, in the shape of `latents`, (B, 16, T, 2H, 2W). `timestep` is
+    (B,), `text` (B, L, text_dim); `attend_window` and `attend_full` are the two paths' self-attentions.
 
     With `attend_full`, the full path runs beside the window path, and its cross-attention outputs take the place of the
     window path's; they are kept in the dict `features`, {block: (B, N, D)}, if one is given. Without it, those of
@@ -170,11 +177,9 @@ def predict(transformer, latents, timestep, text, attend_window, attend_full=Non
 
 class FlowUniPC:
     """UniPC (arXiv 2302.04867) for flow matching: order 2, B(h) = e^h - 1, predicting the clean latents, first order
-    at both ends. Of `steps` steps, the last int(steps * strength) are kept.
-
-    A noisy latent is (1 - sigma) * clean + sigma * noise. `sigmas` holds one per kept step and a final 0; `timesteps`
-    what the model is told, 1000 * sigma rounded down. All arithmetic after the grid is float32, as in the references.
-    """
+    at both ends. Of `steps` steps, the last int(steps * strength) are kept. A noisy latent is (1 - sigma) * clean +
+    sigma * noise. `sigmas` holds one per kept step and a final 0, `timesteps` what the model is told: 1000 * sigma
+    rounded down. All arithmetic after the grid is float32, as in the references."""
 
     def __init__(self, steps, flow_shift, strength=1.0):
         if not 1 <= int(steps * strength) <= steps:
@@ -184,6 +189,7 @@ class FlowUniPC:
         sigmas = sigmas[steps - int(steps * strength) :]
         self.timesteps = (1000 * sigmas).long().tolist()
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+        self.log_snr = torch.log(1 - self.sigmas) - torch.log(self.sigmas)  # UniPC's time, without end
         self.index = 0
         self.start = None  # the latents that the last step started from
         self.clean = []  # the last two predictions of the clean latents, newest first
@@ -219,10 +225,10 @@ class FlowUniPC:
         sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
         order = min(2, len(self.timesteps) - index, index + 1)
         now, *before = self.clean
-        h = log_snr(next_sigma) - log_snr(sigma)
+        h = self.log_snr[index + 1] - self.log_snr[index]
         slope = 0
         if order == 2:
-            r = (log_snr(self.sigmas[index - 1]) - log_snr(sigma)) / h
+            r = (self.log_snr[index - 1] - self.log_snr[index]) / h
             past = (before[0] - now) / r
         if end is None and order == 2:
             slope = past / 2
@@ -237,11 +243,6 @@ class FlowUniPC:
         return next_sigma / sigma * latents - (1 - next_sigma) * torch.expm1(-h) * (now + slope)
 
 
-def log_snr(sigma):
-    """log((1 - sigma) / sigma), UniPC's time: infinite where no noise is left."""
-    return torch.log(1 - sigma) - torch.log(sigma)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From text to a base clip, from a base clip to a refined one
 
@@ -249,10 +250,9 @@ def log_snr(sigma):
 @torch.no_grad()
 def generate(transformer, text, negative, shape, *, steps=50, flow_shift=3.0, guidance=5.0, generator=None,
              progress=iter):
-    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native size.
-
-    `text` and `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed gives the same noise on
-    every device. `progress` may wrap the list of steps, as tqdm does."""
+    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native size. `text` and
+    `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed gives the same noise on every
+    device. `progress` may wrap the list of steps, as tqdm does."""
     solver = FlowUniPC(steps, flow_shift)
     latents = torch.randn(shape, generator=generator).to(text.device)
     for t in progress(solver.timesteps):

@@ -4,10 +4,11 @@ The method's loop stays as it is. Both are tried out first: where one does not w
 without it.
 """
 import sys
+from functools import partial
 
 import torch
 
-from freeswim import flex_attend, grouped_window
+from freeswim import FLEX_OPTIONS, flex_window, grouped_window
 from model import Block, WanTransformer, full_attention, rotary_table
 
 
@@ -21,25 +22,6 @@ class CompiledBlock(Block):
 
 class CompiledTransformer(WanTransformer):
     block = CompiledBlock
-
-
-def flash_window(grid, window, scale=None, kind="inward", device="cuda"):
-    """`freeswim.flex_window` by FlexAttention's FLASH backend. It knows no division: positions are looked up."""
-    frames, height, width = grid
-
-    def axis(length, size):  # of every position, where its window starts
-        start = torch.arange(length) - size // 2
-        return start.clamp(0, max(length - size, 0)) if kind == "inward" else start
-
-    row, column, _ = torch.meshgrid(*(torch.arange(length) for length in (height, width, frames)), indexing="ij")
-    tables = row, column, axis(height, window[0])[row], axis(width, window[1])[column]
-    row, column, top, left = (table.flatten().int().to(device) for table in tables)  # of every token
-
-    def visible(batch, head, query, key):
-        down, right = row[key] - top[query], column[key] - left[query]
-        return (down >= 0) & (down < window[0]) & (right >= 0) & (right < window[1])
-
-    return flex_attend(visible, frames * height * width, scale, device, dict(BACKEND="FLASH"))
 
 
 def transformer_for(device):
@@ -64,13 +46,14 @@ def window_for(device, dtype, head_dim):
     try:
         import flash_attn.cute  # noqa: F401  (of the package flash-attn-4)
 
+        prepare = partial(flex_window, options=FLEX_OPTIONS["flash-attn-4"])
         grid, window = (3, 8, 16), (5, 7)
         parts = torch.randn(3, 1, 2, 384, head_dim, device=device, dtype=dtype)
         expected = grouped_window(grid, window)(*parts)
-        error = (flash_window(grid, window, device=device)(*parts) - expected).norm() / expected.norm()
+        error = (prepare(grid, window, device=device)(*parts) - expected).norm() / expected.norm()
         if not error <= 2e-2:
             raise ValueError(f"its result is {error:.1e} off")
-        return flash_window
+        return prepare
     except Exception as error:  # without the package, or whatever it does not know
         print(f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}",
               file=sys.stderr)

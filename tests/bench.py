@@ -1,16 +1,22 @@
-"""What is fast, and beside what: `python tests/bench.py` on a GPU, `--quick` on a CPU (a minute).
+"""What is fast, and beside what. `python tests/bench.py` prints these tables, on a GPU; name some to have only those:
 
-On a GPU, with random weights of the 1.3B dimensions in bfloat16 at 1088x1920 and 81 frames: window attention beside
-full attention of each kind that PyTorch has and beside FlexAttention in (t, h, w) order, as the authors run it; a step
-with and without cache, for blocks as they are and compiled, from the time of three blocks. On a CPU: the bundled VAE
-beside Diffusers' with the same weights.
+    attention   one window attention at 1080p, beside full attention and FlexAttention as the authors order tokens
+    step        a block, a step and a run of 35 steps at 1080p: as they are, compiled, and with flash-attn-4
+    memory      the peak of a whole pass: with the cache, without, with features or weights on the CPU
+    4k          attention and a step at 2160x3840, compared with float32 at sampled positions
+    vae         encode and decode at 1080p, beside Diffusers'
+
+`--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the dimensions of Wan2.1 1.3B
+(or 14B, where it says so), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all of them
+would take minutes; a step is worked out from them, as all blocks are alike. Memory is the allocated peak.
 """
 import argparse
 import json
 import math
 import sys
 import time
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,38 +25,51 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from freeswim import attention_scale, flex_window, grouped_window, predict
-from model import WanTransformer, WanVAE, full_attention
-from support.fast import CompiledTransformer
+from model import WanTransformer, WanVAE, checkpoint_name, full_attention
+from support.fast import CompiledTransformer, window_for
+from support.memory import FeaturesOnCPU, stream_blocks
 
-GRID, WINDOW, HEADS, HEAD_DIM, LAYERS = (21, 68, 120), (31, 53), 12, 128, 30
-
-
-def measure(function, repeats=3):
-    """Median seconds, and the peak of allocated memory in GiB beyond what was there."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, seconds = torch.cuda.memory_allocated(), []
-    for _ in range(repeats):
-        start = time.time()
-        function()
-        torch.cuda.synchronize()
-        seconds.append(time.time() - start)
-    return sorted(seconds)[repeats // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
+HD, UHD, WINDOW = (21, 68, 120), (21, 135, 240), (31, 53)  # (T, H, W), (T, H, W) and (rows, columns) in tokens
+HEADS, HEAD_DIM, LAYERS = 12, 128, 30
+B14 = {"num_attention_heads": 40, "ffn_dim": 13824}
+SCALE = attention_scale(HEAD_DIM, 1560)
 
 
 def relative(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def report(name, function, flops=None, **options):
+def clock(function):
+    """Seconds, the peak of allocated memory in GiB, and the result."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.time()
+    result = function()
+    torch.cuda.synchronize()
+    return time.time() - start, torch.cuda.max_memory_allocated() / 2**30, result
+
+
+def report(name, function, repeats=3, flops=None):
+    """A row of a table: the first call, which compiles, the median of others, their peak memory, and TFLOP/s. Returns
+    the seconds and the result."""
     try:
-        seconds, peak = measure(function, **options)
+        first, _, result = clock(function)
+        times = []
+        for _ in range(repeats):
+            del result
+            seconds, peak, result = clock(function)
+            times.append(seconds)
     except Exception as error:  # what this PyTorch or GPU has not
-        return print(f"| {name} | {type(error).__name__}: {str(error)[:60]!r} | | |", flush=True)
+        print(f"| {name} | {type(error).__name__}: {str(error)[:80]!r} | | | |", flush=True)
+        return math.nan, None
+    seconds = sorted(times)[repeats // 2]
     rate = f"{flops / seconds / 1e12:.0f}" if flops else ""
-    print(f"| {name} | {1000 * seconds:.1f} | {peak:.2f} | {rate} |", flush=True)
-    return seconds
+    print(f"| {name} | {1000 * seconds:.1f} | {first:.1f} | {peak:.1f} | {rate} |", flush=True)
+    return seconds, result
+
+
+def table(title, last=""):
+    print(f"\n| {title} | ms | first call, s | peak, GiB | {last} |\n|---|---|---|---|---|", flush=True)
 
 
 def time_major_window(grid, window):
@@ -72,82 +91,184 @@ def time_major_window(grid, window):
     return partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
 
 
+@cache
+def windows(grid):
+    """The window attentions that work here, by name."""
+    found = {"Triton": flex_window(grid, WINDOW, SCALE)}
+    prepare = window_for(torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+    return found | ({"flash-attn-4": prepare(grid, WINDOW, SCALE)} if prepare else {})
+
+
+def random_parts(grid):
+    shape = 1, HEADS, math.prod(grid), HEAD_DIM
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+
 def attention_table():
-    print("\n| one self-attention | ms | GiB | TFLOP/s |\n|---|---|---|---|")
-    tokens = math.prod(GRID)
-    query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    full_flops = 4 * tokens**2 * HEADS * HEAD_DIM
-    window_flops = full_flops * WINDOW[0] * WINDOW[1] / (GRID[1] * GRID[2])  # of the exact window
+    table("one self-attention, 1080p", "TFLOP/s")
+    parts = random_parts(HD)
+    flops = 4 * math.prod(HD) ** 2 * HEADS * HEAD_DIM
+    floors, share = [], WINDOW[0] * WINDOW[1] / (HD[1] * HD[2])  # of all pairs, the exact window's
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        def full(backend=backend):
-            with sdpa_kernel([backend]):
-                full_attention(query, key, value)
-        report(f"full, {backend.name}", full, full_flops)
-    attend = time_major_window(GRID, WINDOW)
-    report("window, (t, h, w)", lambda: attend(query, key, value), window_flops)
+        with sdpa_kernel([backend]):
+            seconds, _ = report(f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops)
+        floors.append(1000 * seconds * share)
+    attend = time_major_window(HD, WINDOW)
+    report("window, (t, h, w) order", lambda: attend(*parts), flops=share * flops)
+    expected = grouped_window(HD, WINDOW, SCALE)(*(part[:, :1] for part in parts))
+    off = {}
+    for name, attend in windows(HD).items():
+        _, attended = report(f"window, ours, {name}", lambda: attend(*parts), flops=share * flops)
+        off[name] = f"{relative(attended[:, :1], expected):.1e}"
+    print(f"| floor: the window's pairs at cuDNN's rate | {floors[0]:.1f} | | | |\n\noff from the groups: {off}")
     start = time.time()
-    attend = flex_window(GRID, WINDOW)
-    first = attend(query, key, value)
-    torch.cuda.synchronize()
-    print(f"| ours: preparation and first call | {1000 * (time.time() - start):.0f} | | |")
-    report("window, ours", lambda: attend(query, key, value), window_flops)
-    expected = grouped_window(GRID, WINDOW, device="cuda")(query[:, :1], key[:, :1], value[:, :1])
-    print(f"\nours from the groups: {relative(first[:, :1], expected):.1e}")
-    start = time.time()
-    flex_window(GRID, WINDOW)(query, key, value)
+    flex_window(HD, WINDOW, SCALE)(*parts)
     torch.cuda.synchronize()
     print(f"the same window prepared again, and called: {time.time() - start:.2f} s", flush=True)
 
 
-def random_transformer(cls, layers, dtype=torch.bfloat16):
-    torch.manual_seed(0)
+def random_transformer(cls, layers, dtype=torch.bfloat16, device="cuda", **changes):
     config = json.loads((HERE / "wan2.1-t2v-1.3b" / "transformer" / "config.json").read_text())
-    with torch.device("cuda"):
-        transformer = cls(config | {"num_layers": layers}).eval().requires_grad_(False)
-    for name, parameter in transformer.named_parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-        if not any(part in name for part in cls.FLOAT32):
-            parameter.data = parameter.data.to(dtype)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        transformer = cls(config | changes | {"num_layers": layers}).eval().requires_grad_(False)
+    state = {name: torch.randn(x.shape, device="cuda").mul_(0.02).add_(x.ndim == 1).to(
+                device, torch.float32 if any(part in name for part in cls.FLOAT32) else dtype)
+             for name, x in transformer.state_dict().items()}
+    transformer.load_state_dict(state, assign=True)
     return transformer
 
 
-def step_table(layers=3):
-    print("\n| one pass, three blocks | ms | GiB | |\n|---|---|---|---|", flush=True)
-    frames, height, width = GRID
-    latents = torch.randn(1, 16, frames, 2 * height, 2 * width, device="cuda")
-    timestep, text = torch.tensor([900], device="cuda"), torch.randn(1, 512, 4096, device="cuda")
-    scale = attention_scale(HEAD_DIM, 1560)
-    window, full = flex_window(GRID, WINDOW, scale), partial(full_attention, scale=scale)
-    results = {}
-    for cls in (WanTransformer, CompiledTransformer):
-        transformer, features = random_transformer(cls, layers), {}
-        run = partial(predict, transformer, latents, timestep, text, window)
-        embedding = report(f"{cls.__name__}: no block", lambda: transformer.embed(latents, timestep, text))
-        start = time.time()
-        run(full, features), run(), run(features=features)
-        torch.cuda.synchronize()
-        print(f"| {cls.__name__}: the first passes | {1000 * (time.time() - start):.0f} | | |", flush=True)
-        seconds = {name: report(f"{cls.__name__}: {name}", function) for name, function in {
-            "both paths": lambda: run(full), "window, kept features": lambda: run(features=features),
-            "window, own text": lambda: run()}.items()}
-        each = {name: (value - embedding) / layers for name, value in seconds.items()}
-        cached = LAYERS * (each["both paths"] / 5 + 4 / 5 * each["window, kept features"] + each["window, own text"])
-        uncached = LAYERS * 2 * each["both paths"]
-        print(f"\n{cls.__name__}, a step of {LAYERS} blocks: {cached:.1f} s with cache interval 5, {uncached:.1f} s "
-              "without\n", flush=True)
-        results[cls] = run(full)
-    exact = random_transformer(WanTransformer, 1, torch.float32)
-    small = latents[:, :, :3]
+def inputs(grid):
+    """Latents, timestep and text."""
+    frames, height, width = grid
+    torch.manual_seed(0)
+    return (torch.randn(1, 16, frames, 2 * height, 2 * width, device="cuda"), torch.tensor([900], device="cuda"),
+            torch.randn(1, 512, 4096, device="cuda"))
+
+
+FULL = partial(full_attention, scale=SCALE)
+
+
+def passes(transformer, grid, window, name, repeats=3):
+    """A row for each kind of pass; prints what a step, and 35, take with all blocks."""
+    given, layers, features = inputs(grid), len(transformer.blocks), {}
+    run = partial(predict, transformer, *given, attend_window=window)
+    embedding, _ = report(f"{name}: no block", lambda: transformer.embed(*given), repeats)
+    both, _ = report(f"{name}: both paths", lambda: run(attend_full=FULL, features=features), repeats)
+    kept, _ = report(f"{name}: window, kept features", lambda: run(features=features), repeats)
+    own, _ = report(f"{name}: window, own text", lambda: run(), repeats)
+    both, kept, own = ((seconds - embedding) / layers * LAYERS + embedding for seconds in (both, kept, own))
+    return (f"| {name} | {(both + 4 * kept) / 5 + own:.1f} | {2 * both:.1f} | {7 * both + 28 * kept + 35 * own:.0f} | "
+            f"{35 * 2 * both:.0f} |")
+
+
+STEPS = (f"\n| seconds, {LAYERS} blocks | step, cache 5 | step, no cache | 35 steps, cache 5 | no cache |\n"
+         "|---|---|---|---|---|")
+
+
+def step_table():
+    table("one pass, 1080p, three blocks")
+    found, rows = windows(HD), []
+    for cls, window in ((WanTransformer, "Triton"), *((CompiledTransformer, window) for window in found)):
+        transformer = random_transformer(cls, 3)
+        rows.append(passes(transformer, HD, found[window], f"{cls.__name__}, {window}"))
+    print(STEPS, *rows, sep="\n", flush=True)
+    latents, *rest = inputs(HD)
+    latents, grid = latents[:, :, :3], (3, *HD[1:])
     with torch.backends.cudnn.flags(allow_tf32=False):
-        grid = (3, height, width)
-        attends = flex_window(grid, WINDOW, scale), full
-        expected = predict(exact, small, timestep, text, *attends)
-        for cls in (WanTransformer, CompiledTransformer):
-            low = predict(random_transformer(cls, 1), small, timestep, text, *attends)
-            print(f"{cls.__name__}: bfloat16 from float32 {relative(low, expected):.3e}")
+        attends = flex_window(grid, WINDOW, SCALE), FULL
+        exact = predict(random_transformer(WanTransformer, 2, torch.float32), latents, *rest, *attends)
+        errors = {}
+        for cls, (name, window) in product((WanTransformer, CompiledTransformer), windows(grid).items()):
+            velocity = predict(random_transformer(cls, 2), latents, *rest, window, FULL)
+            errors[f"{cls.__name__}, {name}"] = f"{relative(velocity, exact):.3e}"
+    print(f"\nbfloat16 from float32, two blocks: {errors}", flush=True)
+
+
+def memory_table():
+    table(f"one pass, 1080p, all {LAYERS} blocks, compiled")
+    given, window = inputs(HD), list(windows(HD).values())[-1]
+    transformer = random_transformer(CompiledTransformer, LAYERS)
+    run = partial(predict, transformer, *given, attend_window=window)
+    report("without cache: both paths", lambda: run(attend_full=FULL), 1)
+    for name, kept in (("the GPU", dict), ("the CPU", partial(FeaturesOnCPU, "cuda"))):
+        features = kept()
+        report(f"features on {name}: both paths", lambda: run(attend_full=FULL, features=features), 1)
+        report(f"features on {name}: kept features", lambda: run(features=features))
+        del features
+    stream_blocks(transformer.to("cpu"), torch.device("cuda"))
+    report("weights on the CPU: window, own text", lambda: run())
+    del transformer, run
+    for name, device in (("resident", "cuda"), ("on the CPU", "cpu")):
+        transformer = random_transformer(CompiledTransformer, 4, device=device, **B14)
+        if device == "cpu":
+            stream_blocks(transformer, torch.device("cuda"))
+        run = partial(predict, transformer, *given, attend_window=window)
+        report(f"14B, 4 of 40 blocks, weights {name}: both paths", lambda: run(attend_full=FULL), 1)
+        report(f"14B, 4 of 40 blocks, weights {name}: window, own text", lambda: run(), 1)
+        del transformer, run
+
+
+def sampled_attention(parts, sample, window=None):
+    """Attention in float32 for the queries at `sample` alone: to all keys, or to those of its inward window."""
+    query, key, value = parts
+    frames, height, width = UHD
+    grid = torch.arange(math.prod(UHD), device="cuda").view(height, width, frames)
+    rows = []
+    for index in sample.tolist():
+        seen = slice(None)
+        if window:
+            row, column = index // frames // width, index // frames % width
+            top, left = (min(max(i - size // 2, 0), length - size) for i, size, length in
+                         ((row, window[0], height), (column, window[1], width)))
+            seen = grid[top : top + window[0], left : left + window[1]].flatten()
+        scores = (query[0, :, index, None].float() @ key[0, :, seen].float().transpose(1, 2)) * SCALE
+        rows.append(scores.softmax(-1) @ value[0, :, seen].float())
+    return torch.cat(rows, 1)  # (heads, sample, head_dim)
+
+
+def uhd_table():
+    table("2160x3840")
+    parts, sample = random_parts(UHD), torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0))
+    found, errors = windows(UHD), {}
+    for name, attend, window in (("full", FULL, None), *((name, attend, WINDOW) for name, attend in found.items())):
+        _, attended = report(f"attention: {name}", lambda: attend(*parts), 1)
+        errors[name] = f"{relative(attended[0, :, sample], sampled_attention(parts, sample, window)):.1e}"
+    del parts, attended
+    block = (transformer := random_transformer(CompiledTransformer, 1)).blocks[0]
+    tokens = torch.randn(1, math.prod(UHD), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    modulation = torch.randn(1, 6, HEADS * HEAD_DIM, device="cuda")
+    whole, part = (block.feed_forward(x, modulation) for x in (tokens, tokens[:, sample]))
+    errors["feed-forward, from the same positions alone"] = f"{relative(whole[:, sample], part):.1e}"
+    del tokens, whole
+    print(STEPS, passes(transformer, UHD, list(found.values())[-1], "one block", 1), sep="\n")
+    print(f"\noff from float32 at 200 positions, all heads: {errors}", flush=True)
 
 
 def vae_table():
+    from diffusers import AutoencoderKLWan
+
+    table("VAE, 17 frames of 1920x1088, float32")
+    config = json.loads((HERE / "wan2.1-t2v-1.3b" / "vae" / "config.json").read_text())
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        theirs, ours = (cls(config).eval().requires_grad_(False) for cls in (AutoencoderKLWan.from_config, WanVAE))
+        video = torch.rand(1, 3, 17, 1088, 1920) * 2 - 1
+    theirs.enable_tiling()
+    state = theirs.state_dict()
+    ours.load_state_dict({name: state[checkpoint_name(name)] for name in ours.state_dict()})
+    mean, std = ours.mean.to("cuda"), ours.std.to("cuda")
+    _, expected = report("encode: Diffusers'", lambda: theirs.encode(video).latent_dist.mode(), 1)
+    _, latents = report("encode: ours", lambda: ours.encode(video), 1)
+    off = {"encode": f"{relative(latents * std + mean, expected):.1e}"}
+    _, expected = report("decode: Diffusers'", lambda: theirs.decode(latents * std + mean).sample.clamp(-1, 1), 1)
+    _, decoded = report("decode: ours", lambda: ours.decode(latents), 1)
+    off["decode"] = f"{relative(decoded, expected):.1e}"
+    print(f"\noff from Diffusers', convolutions in TF32 as PyTorch has them: {off}", flush=True)
+
+
+def quick_table():
     from diffusers import AutoencoderKLWan
 
     print("| bundled VAE, 17 frames of 192x128, CPU | ours, s | Diffusers, s | from Diffusers' |\n|---|---|---|---|")
@@ -174,17 +295,23 @@ def vae_table():
         print(f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | {relative(result, expected):.1e} |")
 
 
+TABLES = {"attention": attention_table, "step": step_table, "memory": memory_table, "4k": uhd_table, "vae": vae_table}
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
     parser.add_argument("--quick", action="store_true")
-    if parser.parse_args().quick:
-        vae_table()
-    else:
-        print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, flush=True)
-        attention_table()
+    args = parser.parse_args()
+    if unknown := set(args.tables) - TABLES.keys():
+        parser.error(f"no such table: {', '.join(unknown)}")
+    if args.quick:
+        return quick_table()
+    print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"), flush=True)
+    for name in args.tables or TABLES:
+        TABLES[name]()
         torch.cuda.empty_cache()
-        step_table()
 
 
 if __name__ == "__main__":

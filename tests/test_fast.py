@@ -1,12 +1,14 @@
 """What is faster, or takes less of a GPU's memory, gives the same numbers. On a CPU, the same code runs without its
 streams; tests/test_gpu.py runs it with them."""
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import relative, token_mask
+import torch.nn.attention.flex_attention
+from oracle import relative, token_mask, window_attention
 from references import load, refined
 
 import freeswim
@@ -41,15 +43,30 @@ def test_feed_forward_in_pieces():
 
 
 @pytest.mark.parametrize("kind", ["inward", "clipped"])
-@pytest.mark.parametrize("grid, window", [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3))])
-def test_the_mask_that_flash_attention_gets(monkeypatch, grid, window, kind):
-    given = []
-    monkeypatch.setattr(fast, "flex_attend", lambda *arguments: given.extend(arguments))
-    fast.flash_window(grid, window, 0.5, kind, "cpu")
-    visible, tokens, scale, device, options = given
-    index = torch.arange(tokens)
-    assert torch.equal(visible(0, 0, index[:, None], index), token_mask(grid, window, kind))
-    assert (scale, device, options) == (0.5, "cpu", {"BACKEND": "FLASH"})
+@pytest.mark.parametrize("grid, window", [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3)),
+                                          ((4, 8, 8), (5, 5))])
+@pytest.mark.parametrize("options", [{}, freeswim.FLEX_OPTIONS["flash-attn-4"]])
+def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
+    """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, the heads in groups, the filled
+    last block, and what is cut off again. tests/test_gpu.py has the true one."""
+
+    def create_block_mask(visible, batch, heads, tokens, keys, device, block):
+        index = torch.arange(tokens)
+        assert tokens == keys and tokens % block == 0 and (batch, heads, device) == (None, None, "cpu")
+        return visible(0, 0, index[:, None], index)
+
+    def flex_attention(query, key, value, block_mask, scale, kernel_options):
+        assert query.shape[1] <= 4 and query.is_contiguous() and kernel_options is options
+        attended = window_attention(query, key, value, block_mask, scale)
+        return torch.where(block_mask.any(-1)[:, None], attended, 0.0).float()
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "create_block_mask", create_block_mask)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
+    query, key, value = torch.randn(3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1))
+    attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", options)(query, key, value)
+    expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
+    assert relative(attended, expected) <= 1e-6
 
 
 def test_without_flash_attention_a_line_says_so(monkeypatch, capsys):
