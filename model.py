@@ -77,9 +77,8 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One transformer block, in three parts that a caller composes: self-attention, cross-attention, feed-forward.
-
-    `tokens` is (B, N, D); `modulation` is (B, 6, D) float32, the timestep's shifts, scales and gates, to which a block
-    adds its learned table. Norms and residuals are computed in float32, matrix products in the dtype of the weights."""
+    `tokens` is (B, N, D), `modulation` (B, 6, D) float32, the timestep's shifts, scales and gates, to which a block adds
+    its learned table. Norms and residuals are computed in float32, matrix products in the dtype of the weights."""
 
     def __init__(self, dim, heads, ffn_dim, eps):
         super().__init__()
@@ -101,9 +100,11 @@ class Block(nn.Module):
 
     def feed_forward(self, tokens, modulation):
         """The tokens after the feed-forward network. In pieces: its inner tensor would be the largest of all."""
+        return torch.cat([self.feed_piece(x, modulation) for x in tokens.split(self.piece, dim=1)], dim=1)
+
+    def feed_piece(self, tokens, modulation):
         shift, scale, gate = (self.table + modulation).chunk(6, dim=1)[3:]
-        pieces = ((x, self.ffn(modulate(x, shift, scale, self.eps))) for x in tokens.split(self.piece, dim=1))
-        return torch.cat([(x.float() + gate * y).to(x.dtype) for x, y in pieces], dim=1)
+        return (tokens.float() + gate * self.ffn(modulate(tokens, shift, scale, self.eps))).to(tokens.dtype)
 
 
 def modulate(tokens, shift, scale, eps):

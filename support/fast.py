@@ -17,7 +17,7 @@ class CompiledBlock(Block):
 
     self_attention = torch.compile(Block.self_attention, dynamic=False)
     cross_attention = torch.compile(Block.cross_attention, dynamic=False)
-    feed_forward = torch.compile(Block.feed_forward, dynamic=False)
+    feed_piece = torch.compile(Block.feed_piece, dynamic=False)  # not all pieces at once: they would all be held
 
 
 class CompiledTransformer(WanTransformer):
