@@ -204,12 +204,12 @@ class CausalConv3d(nn.Conv3d):
         past = history[self] if self in history else torch.zeros_like(x[:, :, :1]).expand(-1, -1, 2, -1, -1)
         x = torch.cat([past, x], dim=2)
         history[self] = x[:, :, -2:].clone()  # a copy: a view would keep the whole chunk alive
-        if x.is_cuda:
+        if x.is_cuda:  # on a CPU, it would be slow: as 2D convolution over three frames' channels it is 4 times faster
             return super().forward(x)
-        # On a CPU, conv3d is slow: the same as a 2D convolution over the three frames' channels is 5 times faster.
-        x = torch.cat([x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]], dim=1)  # (B, 3C, F, H, W)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)  # (out, 3C, kh, kw)
-        return per_frame(lambda frames: F.conv2d(frames, weight, self.bias, padding=self.padding[1:]), x)
+        taps = [tap.transpose(1, 2) for tap in (x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:])]  # (B, F, C, H, W) each
+        frames = torch.cat(taps, dim=2).flatten(0, 1)  # (B*F, 3C, H, W)
+        frames = F.conv2d(frames, self.weight.transpose(1, 2).flatten(1, 2), self.bias, padding=self.padding[1:])
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 class ChannelNorm(nn.Module):
