@@ -38,9 +38,16 @@ PLACES = {  # in the order of the computation: what the names begin with, and wh
     r"dit\.block\d+\.full_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
     r"dit\.block\d+\.window_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
     r"dit\.velocity": "model.py: WanTransformer.unembed",
+    r"mask": "freeswim.py: inward_mask",
+    r"dual_full": "model.py: WanTransformer.forward",
+    r"(dual|guide)_window": "freeswim.py: predict with attend_full",
+    r"(reuse|window_only)_": "freeswim.py: predict without attend_full",
     r"unipc\.latents": "freeswim.py: FlowUniPC.step, advance",
+    r"encoded": "model.py: WanVAE.encode, tiles; freeswim.py: upsample",
+    r"init_latents": "freeswim.py: FlowUniPC.add_noise",
     r"refine\.step": "freeswim.py: refine",
     r"refine\.cache": "freeswim.py: refine, predict with features",
+    r"decoded": "model.py: WanVAE.decode, tiles",
 }
 
 
@@ -49,6 +56,7 @@ def reference():
     odd = load_file(REFERENCE / "odd" / "expected.safetensors")
     found = load_file(REFERENCE / "steps.safetensors") | {"refine.cache3": odd["cache3.latents"]}
     found |= {f"refine.step{index}": latents for index, latents in enumerate(odd["nocache.trace"])}
+    found |= {name: x for name, x in odd.items() if any(re.match(pattern, name) for pattern in PLACES)}
     return {name: found[name] for name in sorted(found, key=lambda name: (rank(name), name))}
 
 

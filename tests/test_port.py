@@ -65,7 +65,7 @@ def test_traps_are_found_at_their_place(trap):
     steps = port_traps.altered(PORT, *changes).steps()
     assert port_traps.first_fault(steps) == where
     lines = port_check.compare(steps)
-    assert lines[0][1].startswith("WRONG") and "see " in lines[0][1]
+    assert re.match(r"WRONG .*; see \w+\.py: \w+", lines[0][1])
     before = list(port_check.reference())
     before = [name for name in before[: before.index(where)] if name in steps]
     assert all(f"right {name}:" in " ".join(line for _, line in lines) for name in before)
@@ -92,6 +92,20 @@ def test_the_command(port, tmp_path):
         ["UNKNOWN", "dit.query:"], ["WRONG", "unipc.levels:"], ["WRONG", "dit.velocity:"], ["WRONG", "refine.step0:"],
         ["right", "dit.text:"]]
     assert "(5,)" in lines[1] and "unembed" in lines[2] and "refine" in lines[3]
+
+
+def test_the_authors_outputs_can_be_compared_too():
+    given = load_file(REFERENCE / "odd" / "expected.safetensors")
+    outputs = {name: given[name] for name in ("mask", "dual_full", "guide_window", "reuse_window", "window_only_negative",
+                                              "dual_window_negative", "encoded", "init_latents", "decoded")}
+    assert [wrong for wrong, _ in port_check.compare(outputs)] == len(outputs) * [False]
+    outputs["reuse_window"] = given["dual_window"]
+    assert "reuse_window" in port_check.compare(outputs)[0][1]
+    for place in port_check.PLACES.values():  # files and names are there
+        file, names_there = place.split(";")[0].split(": ")
+        text = (REFERENCE.parent.parent / file).read_text()
+        assert all(re.search(rf"(def|class) {name.split('.')[-1]}\b", text) for name in names_there.split(", ")
+                   if re.fullmatch(r"[\w.]+", name)), place
 
 
 def test_bad_input_to_the_command(tmp_path):
