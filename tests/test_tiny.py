@@ -64,6 +64,23 @@ def test_captions_say_what_is_there():
             assert (thing in caption) == bool(scenes[thing][row])
 
 
+def test_captions_of_close_ups_say_what_is_seen():
+    """A window on the whole scene shows all of it; one on a fish shows that, large; one on water alone, nothing."""
+    scenes = world.sample_scenes(200, torch.Generator().manual_seed(1))
+    zero, half = torch.zeros(200), 16 / world.FPS / 2
+    assert world.captions(scenes, (zero, zero, zero + 1 / 128), (128, 192)) == world.captions(scenes)
+    x = scenes["x"][:, 0] + scenes["direction"][:, 0] * scenes["speed"][:, 0] * half
+    pixel = scenes["length"][:, 0] / 192
+    captions = world.captions(scenes, (x - 96 * pixel, scenes["y"][:, 0] - 64 * pixel, pixel), (128, 192))
+    for row, caption in enumerate(captions):
+        colour, pattern = list(world.COLOURS)[scenes["colour"][row, 0]], world.PATTERNS[scenes["pattern"][row, 0]]
+        assert caption.startswith(f"a large {colour} {pattern} fish swims ")
+    alone = {key: value[scenes["fish"] == 1] for key, value in scenes.items()}
+    away = torch.where(alone["x"][:, 0] < 0.75, 1.2, 0.0)  # far from the fish, above the floor
+    captions = world.captions(alone, (away, zero[: len(away)], zero[: len(away)] + 0.3 / 192), (128, 192))
+    assert set(captions) <= {"", "with seaweed", "with bubbles", "with seaweed and bubbles"} and "" in captions
+
+
 def test_the_detector_is_right_on_true_clips():
     scenes = world.sample_scenes(40, torch.Generator().manual_seed(5 * 10**6))
     verdicts = []

@@ -2,7 +2,7 @@
 
 Scenes that nobody chose a setting on give prompts; the bundled model makes a base clip of each and refines it in every
 way of METHODS; a detector counts the fish that are there against those that were asked for, and the detail is held
-against true clips, which the renderer can draw at any size. Writes table.md, sheet-SCALEx.png and table.json.
+against true clips, which the renderer can draw at any size. Writes table.md and, per setting, a picture and numbers.
 """
 import argparse
 import itertools
@@ -10,6 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -169,6 +170,20 @@ def rows_of(scenes, start, end):
     return {key: value[start:end] for key, value in scenes.items()}
 
 
+def render(scenes, scale, device):
+    """True clips at a multiple of the native size."""
+    scenes = {key: value.to(device) for key, value in scenes.items()}
+    return world.render(scenes, NATIVE.height * scale, NATIVE.width * scale, NATIVE.frames)
+
+
+def encode(vae, video):
+    return torch.cat([vae.encode(clip, tiled=False) for clip in video.split(4)])
+
+
+def decode(vae, latents):
+    return torch.cat([vae.decode(clip, tiled=False) for clip in latents.split(4)])
+
+
 def measure(video, scenes, base=None):
     """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches."""
     frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
@@ -184,7 +199,18 @@ def measure(video, scenes, base=None):
     return results, torch.stack(features)
 
 
-def table(results, truth, order):
+def native_table(judged):
+    """Markdown: a line per kind of clips; `judged` is {name: list of dicts}."""
+    lines = ["| | count right | colours right | direction right | pattern right |", "|---|---|---|---|---|"]
+    for name, results in judged.items():
+        shares = [np.mean([result[column] for result in results])
+                  for column in ("count", "colours", "direction", "pattern")]
+        cells = [f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(results)):.1%}" for share in shares]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def table(results, truth):
     """Markdown: a line per method; results is {method: (list of dicts, features (clips, 3, rows, columns, D))}."""
     lines = ["| | fish too many | count right | colours right | layout, dB | sharpness | patches inside "
              "| at the border | s per clip |", "|---|---|---|---|---|---|---|---|---|"]
@@ -193,8 +219,7 @@ def table(results, truth, order):
         values = np.array(values, dtype=float)
         return f"{form.format(values.mean())} ± {form.format(1.96 * values.std() / math.sqrt(len(values)))}"
 
-    for method in order:
-        numbers, features = results[method]
+    for method, (numbers, features) in results.items():
         column = {name: [result[name] for result in numbers if name in result] for name in (
             "fish too many", "count", "colours", "layout", "sharpness", "seconds")}
         fifths = [at_border(part.flatten(0, 1)) for part in features.chunk(5)]
@@ -219,7 +244,7 @@ def parse_arguments():
     add("--batch", type=int, default=25, help="clips at once")
     add("--scales", type=int, nargs="*", default=[2, 3])
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    add("--steps", type=int, default=50)
+    add("--steps", type=int, default=NATIVE.steps)
     add("--strength", type=float, nargs="+", default=[NATIVE.strength], help="several: every combination is measured")
     add("--flow-shift", type=float, nargs="+", default=[NATIVE.flow_shift])
     add("--guidance", type=float, nargs="+", default=[NATIVE.guidance])
@@ -228,17 +253,84 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def base_clips(args, models, scenes, batches):
+    """Of every batch and seed the base clips and text embeddings, {(start, seed): (base, text, negative)}, and what the
+    detector says of them and of true clips, {name: list of dicts}."""
+    bases, judged = {}, {"true clips": [], "true clips through the VAE": [], "base clips": []}
+    for start, end in tqdm(batches, "base"):
+        part = rows_of(scenes, start, end)
+        true = render(part, 1, models.device)
+        judged["true clips"] += measure(true, part)[0]
+        judged["true clips through the VAE"] += measure(decode(models.vae, encode(models.vae, true)), part)[0]
+        prompts = [*world.captions(part), ""]
+        text, negative = encode_prompt(models.encoder, models.tokenizer, prompts).split([len(prompts) - 1, 1])
+        negative = negative.expand_as(text)
+        shape = len(text), 16, NATIVE.frames // 4 + 1, NATIVE.height // 8, NATIVE.width // 8
+        for seed in range(args.seeds):
+            latents = generate(models.transformer, text, negative, shape, steps=args.steps, guidance=NATIVE.guidance,
+                               flow_shift=NATIVE.base_shift,
+                               generator=torch.Generator().manual_seed(1000 * seed + start))
+            base = decode(models.vae, latents)
+            judged["base clips"] += measure(base, part)[0]
+            bases[start, seed] = base.cpu(), text, negative
+    return bases, judged
+
+
+def true_clips(args, models, batches, scale):
+    """What other scenes than those of the prompts look like at a multiple of the native size: sharpness and patches at
+    the border and inside; and, as `measure` gives it for each batch, what the VAE makes of them."""
+    scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS["true"]), NATIVE.frames)
+    truth, ceiling = [], []
+    for start, end in batches:
+        part = rows_of(scenes, start, end)
+        video = render(part, scale, models.device)
+        truth.append(measure(video, part))
+        ceiling.append(measure(decode(models.vae, encode(models.vae, video)), part))
+    border, inside = at_border(torch.cat([features for _, features in truth]).flatten(0, 1))
+    sharp = np.mean([result["sharpness"] for results, _ in truth for result in results])
+    return {"sharpness": sharp, "border": border, "inside": inside}, ceiling
+
+
+def refined_clips(args, models, scenes, bases, scale, settings):
+    """Every base clip refined by every method: {method: what `measure` gives for each batch}, and of six clips the
+    middle frame by every method, [{method: [frame]}]."""
+    native = NATIVE.height // 16, NATIVE.width // 16
+    height, width = NATIVE.height * scale, NATIVE.width * scale
+    results, pictures = {name: [] for name in ("bilinear upscale", *args.methods)}, []
+    for (start, seed), (base, text, negative) in tqdm(bases.items(), f"{scale}x"):
+        part, base = rows_of(scenes, start, start + len(base)), base.to(models.device)
+        videos = {"bilinear upscale": upsample(base, height, width)}
+        results["bilinear upscale"].append(measure(videos["bilinear upscale"], part, base))
+        clean = encode(models.vae, videos["bilinear upscale"])
+        for method in args.methods:
+            began = time.time()
+            latents = refine(models.transformer, clean, text, negative, native=native, steps=args.steps,
+                             generator=torch.Generator().manual_seed(1000 * seed + start + 500),
+                             **settings, **METHODS[method])
+            if models.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = (time.time() - began) / len(base)
+            videos[method] = decode(models.vae, latents)
+            numbers, features = measure(videos[method], part, base)
+            results[method].append(([number | {"seconds": seconds} for number in numbers], features))
+        if not pictures:
+            videos["true clip"] = render(rows_of(scenes, 0, 6), scale, models.device)
+            pictures = [{name: [media.to_frame(video[row : row + 1], 8)] for name, video in videos.items()}
+                        for row in range(min(6, len(base)))]
+    return results, pictures
+
+
 @torch.no_grad()
 def main():
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device != "cpu" else torch.float32
-    encoder = TextEncoder.from_pretrained(args.model / "text_encoder", device)
-    tokenizer = load_tokenizer(args.model / "tokenizer", NATIVE.text_length)
-    transformer = WanTransformer.from_pretrained(args.model / "transformer", device, dtype)
-    vae = WanVAE.from_pretrained(args.model / "vae", device)
+    models = SimpleNamespace(
+        device=device, encoder=TextEncoder.from_pretrained(args.model / "text_encoder", device),
+        tokenizer=load_tokenizer(args.model / "tokenizer", NATIVE.text_length),
+        transformer=WanTransformer.from_pretrained(args.model / "transformer", device, dtype),
+        vae=WanVAE.from_pretrained(args.model / "vae", device))
     scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS[args.scenes]), NATIVE.frames)
-    others = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS["true"]), NATIVE.frames)
     batches = [(start, min(start + args.batch, args.prompts)) for start in range(0, args.prompts, args.batch)]
     lines = []
 
@@ -247,86 +339,18 @@ def main():
         lines.append(text)
         (args.output / "table.md").write_text("\n".join(lines) + "\n")
 
-    def render(which, scale):
-        which = {key: value.to(device) for key, value in which.items()}
-        return world.render(which, NATIVE.height * scale, NATIVE.width * scale, NATIVE.frames)
-
-    def through_vae(video, tiled=False):
-        return torch.cat([vae.decode(vae.encode(clip, tiled), tiled) for clip in video.split(4)])
-
-    # The base clips, what the detector says of them, and what it says of true clips.
-    bases, judged = {}, {"true clips": [], "true clips through the VAE": [], "base clips": []}
-    for start, end in tqdm(batches, "base"):
-        part = rows_of(scenes, start, end)
-        true = render(part, 1)
-        judged["true clips"] += measure(true, part)[0]
-        judged["true clips through the VAE"] += measure(through_vae(true), part)[0]
-        prompts = world.captions(part)
-        text, negative = encode_prompt(encoder, tokenizer, [*prompts, ""]).split([len(prompts), 1])
-        negative = negative.expand_as(text)
-        shape = len(prompts), 16, NATIVE.frames // 4 + 1, NATIVE.height // 8, NATIVE.width // 8
-        for seed in range(args.seeds):
-            latents = generate(transformer, text, negative, shape, steps=args.steps, flow_shift=NATIVE.base_shift,
-                               guidance=NATIVE.guidance, generator=torch.Generator().manual_seed(1000 * seed + start))
-            base = torch.cat([vae.decode(clip) for clip in latents.split(4)])
-            judged["base clips"] += measure(base, part)[0]
-            bases[start, seed] = base.cpu(), text, negative
-    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n")
-    report("| | count right | colours right | direction right | pattern right |\n|---|---|---|---|---|")
-    for name, results in judged.items():
-        cells = []
-        for column in ("count", "colours", "direction", "pattern"):
-            share = np.mean([result[column] for result in results])
-            cells.append(f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(results)):.1%}")
-        report(f"| {name} | " + " | ".join(cells) + " |")
-
+    bases, judged = base_clips(args, models, scenes, batches)
+    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n" + native_table(judged))
     for scale in args.scales:
-        height, width = NATIVE.height * scale, NATIVE.width * scale
-        truth, ceiling = [], []
-        for start, end in batches:
-            part = rows_of(others, start, end)
-            video = render(part, scale)
-            truth.append(measure(video, part))
-            ceiling.append(measure(through_vae(video), part))
-        features = torch.cat([features for _, features in truth])
-        border, inside = at_border(features.flatten(0, 1))
-        sharp = np.mean([result["sharpness"] for results, _ in truth for result in results])
-        reference = {"sharpness": sharp, "border": border, "inside": inside}
-
+        truth, ceiling = true_clips(args, models, batches, scale)
         for strength, shift, guidance in itertools.product(args.strength, args.flow_shift, args.guidance):
-            results = {name: [] for name in ("bilinear upscale", *args.methods)}
-            pictures = []
-            for (start, seed), (base, text, negative) in tqdm(bases.items(), f"{scale}x"):
-                part = rows_of(scenes, start, start + len(base))
-                base = base.to(device)
-                upscaled = upsample(base, height, width)
-                clean = torch.cat([vae.encode(clip) for clip in upscaled.split(4)])
-                videos = {"bilinear upscale": upscaled}
-                results["bilinear upscale"].append(measure(upscaled, part, base))
-                for method in args.methods:
-                    began = time.time()
-                    latents = refine(
-                        transformer, clean, text, negative, native=(NATIVE.height // 16, NATIVE.width // 16),
-                        steps=args.steps, strength=strength, flow_shift=shift, guidance=guidance,
-                        generator=torch.Generator().manual_seed(1000 * seed + start + 500), **METHODS[method],
-                    )
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    seconds = (time.time() - began) / len(base)
-                    video = torch.cat([vae.decode(clip, tiled=False) for clip in latents.split(4)])
-                    numbers, features = measure(video, part, base)
-                    results[method].append(([number | {"seconds": seconds} for number in numbers], features))
-                    videos[method] = video
-                if not pictures:
-                    videos["true clip"] = render(rows_of(scenes, 0, 6), scale)
-                    pictures = [{name: [media.to_frame(video[row : row + 1], 8)] for name, video in videos.items()}
-                                for row in range(min(6, len(base)))]
+            settings = {"strength": strength, "flow_shift": shift, "guidance": guidance}
+            results, pictures = refined_clips(args, models, scenes, bases, scale, settings)
             results["true clips through the VAE"] = ceiling
             joined = {name: (sum((numbers for numbers, _ in parts), []), torch.cat([f for _, f in parts]))
                       for name, parts in results.items()}
             report(f"\nAt {scale} times the native size, strength {strength}, flow shift {shift}, guidance {guidance}, "
-                   f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n")
-            report(table(joined, reference, results))
+                   f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n\n" + table(joined, truth))
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
             sheet = [np.asarray(media.comparison(methods)) for methods in pictures]
             Image.fromarray(np.concatenate(sheet, axis=1)).save(args.output / f"{name}.png")

@@ -1,9 +1,10 @@
 """Train the bundled model from nothing but world.py: `python -m tiny.train --work FOLDER`.
 
 Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is repeated with larger
-bounds: the VAE on small windows of clips at several magnifications; a set of encoded clips; then the text encoder and
-the transformer together, by flow matching. The result is written into this folder in Diffusers layout, in bfloat16.
-It trains model.py's own classes. Every number is logged to FOLDER/log.txt.
+bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
+then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
+earlier run. The result is written into this folder in Diffusers layout, in bfloat16. It trains model.py's own classes.
+Every number is logged to FOLDER/log.txt.
 """
 import argparse
 import json
@@ -12,10 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import Block, TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, tokenize
+from model import (
+    Block, TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
+)
 from tiny import world
 
 HERE = Path(__file__).parent
@@ -38,9 +40,10 @@ TEXT = {
     "torch_dtype": "bfloat16",
 }
 TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
-# Multiples of the native size, and their share of the transformer's batches: Wan was trained at several sizes too, and a
-# full attention that never saw a larger grid repeats the scene in it.
-SCALES = {1: 0.75, 1.5: 0.125, 2: 0.125}
+# What clips show, at which multiple of the native size, and their share of the transformer's batches. Wan was trained
+# at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window of a large
+# frame is a close-up: a model that never saw any puts a floor and a fish into every window.
+SETS = {("scene", 1): 0.4, ("close-up", 1): 0.35, ("scene", 1.5): 0.1, ("scene", 2): 0.15}
 
 
 def parse_arguments():
@@ -48,11 +51,13 @@ def parse_arguments():
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of the state and the log")
     add("--output", type=Path, default=HERE, help="folder of the result (default: this one)")
+    add("--start", type=Path, metavar="MODEL", help="folder of a model to begin with, such as this one")
     add("--vae-minutes", type=float, default=9)
     add("--vae-batch", type=int, default=32, help="windows of 9 frames in a step")
     add("--clips", type=int, default=16000, help="of the native size; fewer of the larger ones")
     add("--minutes", type=float, default=6, help="of the transformer's training")
     add("--batch", type=int, default=192, help="clips of the native size in a step; fewer of the larger ones")
+    add("--learning-rate", type=float, default=1e-3, help="of the transformer, at its highest")
     add("--height", type=int, default=128, help="native, in pixels")
     add("--width", type=int, default=192)
     add("--frames", type=int, default=17)
@@ -155,20 +160,35 @@ def reconstruction(vae, args, scale):
     return 10 * math.log10(4 / (decoded - video).square().mean().item())
 
 
-def encoded_clips(vae, tokenizer, scale, args, log):
-    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes, at a multiple
-    of the native size: the larger, the fewer."""
-    file = args.work / f"clips-{scale}.pt"
+def close_ups(scenes, args, generator):
+    """Windows of scenes, as `world.render` takes them: magnified 1.1 to 3 times, six of ten near a fish."""
+    u = torch.rand(5, len(scenes["x"]), generator=generator)
+    pixel = 3 ** -(0.1 + 0.9 * u[0]) / args.height
+    fish_x = scenes["x"][:, 0] + scenes["direction"][:, 0] * scenes["speed"][:, 0] * (args.frames - 1) / world.FPS / 2
+    near, width, height = u[1] < 0.6, args.width * pixel, args.height * pixel
+    x = torch.where(near, fish_x + (u[2] - 0.5) * width, u[3] * world.WIDTH) - width / 2
+    y = torch.where(near, scenes["y"][:, 0] + (u[4] - 0.5) * height, u[4]) - height / 2
+    return x.clamp(min=0).minimum(world.WIDTH - width), y.clamp(min=0).minimum(1 - height), pixel
+
+
+def encoded_clips(vae, tokenizer, shown, scale, args, log):
+    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes or close-ups,
+    at a multiple of the native size: the larger, the fewer."""
+    file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
-        generator, parts, count = torch.Generator().manual_seed(int(10 * scale)), [], int(32 / scale**2)
-        for _ in range(math.ceil(args.clips * SCALES[scale] / count)):
+        shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
+        generator, parts = torch.Generator().manual_seed(int(10 * scale) + 77 * (shown == "close-up")), []
+        for _ in range(math.ceil(args.clips * SETS[shown, scale] / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
+            window = close_ups(scenes, args, generator) if shown == "close-up" else None
+            text = world.captions(scenes, window, shape, args.frames) if window else world.captions(scenes)
             on_device = {key: value.to(args.device) for key, value in scenes.items()}
-            video = world.render(on_device, int(args.height * scale), int(args.width * scale), args.frames)
+            window = window and [part.to(args.device) for part in window]
+            video = world.render(on_device, *shape, args.frames, window)
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
                 latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0]
-            parts.append((latents.bfloat16().cpu(), *tokenize(tokenizer, world.captions(scenes))))
-        log(f"{len(parts) * count} clips encoded at {scale} times the native size")
+            parts.append((latents.bfloat16().cpu(), *tokenize(tokenizer, text)))
+        log(f"{len(parts) * count} clips encoded, {shown} at {scale} times the native size, such as: {text[0]!r}")
         torch.save([torch.cat(column) for column in zip(*parts)], file)
     return [part.to(args.device) for part in torch.load(file, weights_only=True)]
 
@@ -178,6 +198,70 @@ def write(net, config, folder, name):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     weights = {checkpoint_name(key): value.bfloat16().cpu().contiguous() for key, value in net.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def train_vae(args, log):
+    vae = WanVAE(VAE)
+    vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
+    if args.start:
+        vae = WanVAE.from_pretrained(args.start / "vae").requires_grad_()
+    vae.to(args.device)
+    steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
+                  args.vae_minutes, 2e-3, args, log)
+    log(f"vae after {steps} steps: PSNR " + ", ".join(f"{s}x {reconstruction(vae, args, s):.2f} dB" for s in (1, 2)))
+    return vae
+
+
+def new_transformer(config):
+    """Random, so that its first prediction is nothing."""
+    transformer = WanTransformer(config)
+    for layer in transformer.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
+    """The text encoder and the transformer, as one ModuleDict, from the encoded clips."""
+    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": new_transformer(TRANSFORMER)})
+    if args.start:
+        loaded = {"text": TextEncoder.from_pretrained(args.start / "text_encoder"),
+                  "transformer": WanTransformer.from_pretrained(args.start / "transformer")}
+        read_weights(loaded["text"], loaded["text"].sources, "cpu", torch.float32)
+        for name, net in loaded.items():
+            nets[name].load_state_dict(net.state_dict())
+    nets.to(args.device)
+    if args.device != "cpu":  # twice as fast; the parts, not the whole, lest the rotary table be computed in each
+        for part in ("self_attention", "cross_attention", "feed_piece"):
+            setattr(Block, part, torch.compile(getattr(Block, part)))
+    empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
+    firsts = []  # of the first latent frame, the loss apart: what it shows has no past
+
+    def flow_loss(step):
+        """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
+        shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1).item()]
+        clips, ids, masks = sets[shown, scale]
+        count = max(1, int(args.batch / scale**2))
+        pick = torch.randint(len(clips), (count,), device=args.device)
+        dropped = torch.rand(count, 1, device=args.device) < 0.1
+        mask = torch.where(dropped, empty_mask, masks[pick])
+        text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
+        clean = (clips[pick].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        u = torch.rand(count, device=args.device)
+        sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
+        noise = torch.randn_like(clean)
+        velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
+        error = (velocity - (noise - clean)).square()
+        firsts.append(error[:, :, 0].detach().mean())
+        if len(firsts) == 500:
+            log(f"transformer step {step + 1}, first frame: loss {torch.stack(firsts).mean().item():.4f}")
+            firsts.clear()
+        return error.mean()
+
+    train("transformer", nets, flow_loss, args.minutes, args.learning_rate, args, log)
+    return nets
 
 
 def main():
@@ -190,52 +274,23 @@ def main():
             file.write(line + "\n")
 
     torch.manual_seed(0)
-    vae = WanVAE(VAE).to(args.device)
-    vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
-    steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
-                  args.vae_minutes, 2e-3, args, log)
-    log(f"vae after {steps} steps: PSNR " + ", ".join(f"{s}x {reconstruction(vae, args, s):.2f} dB" for s in (1, 2)))
-
+    vae = train_vae(args, log)
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    sets = [encoded_clips(vae, tokenizer, scale, args, log) for scale in SCALES]
-    mean, std = sets[0][0].float().mean((0, 2, 3, 4)), sets[0][0].float().std((0, 2, 3, 4))
-    write(vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, args.output / "vae",
-          "diffusion_pytorch_model")
-
+    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS}
+    mean, std = vae.mean.flatten(), vae.std.flatten()  # those of the start, if its VAE is kept
+    if not args.start or args.vae_minutes > 0:
+        whole = sets["scene", 1][0].float()
+        mean, std = whole.mean((0, 2, 3, 4)), whole.std((0, 2, 3, 4))
+    mean, std = mean.to(args.device), std.to(args.device)
     text_config = {**TEXT, "vocab_size": words}
-    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": WanTransformer(TRANSFORMER)})
-    nets.to(args.device)
-    for layer in nets["transformer"].modules():
-        if isinstance(layer, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
-    torch.nn.init.zeros_(nets["transformer"].proj_out.weight)  # so that the first prediction is nothing
-    if args.device != "cpu":  # twice as fast; the parts, not the whole, lest the rotary table be computed in each
-        for part in ("self_attention", "cross_attention", "feed_forward"):
-            setattr(Block, part, torch.compile(getattr(Block, part)))
-    empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
+    nets = train_transformer(sets, mean, std, tokenizer, text_config, args, log)
 
-    def flow_loss(step):
-        """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
-        index = torch.multinomial(torch.tensor(list(SCALES.values())), 1).item()
-        count = max(1, int(args.batch / list(SCALES)[index] ** 2))
-        clips, ids, masks = sets[index]
-        pick = torch.randint(len(clips), (count,), device=args.device)
-        dropped = torch.rand(count, 1, device=args.device) < 0.1
-        mask = torch.where(dropped, empty_mask, masks[pick])
-        text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
-        clean = (clips[pick].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-        u = torch.rand(count, device=args.device)
-        sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
-        noise = torch.randn_like(clean)
-        velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
-        return F.mse_loss(velocity, noise - clean)
-
-    train("transformer", nets, flow_loss, args.minutes, 1e-3, args, log)
-    write(nets["transformer"], TRANSFORMER, args.output / "transformer", "diffusion_pytorch_model")
-    write(nets["text"], text_config, args.output / "text_encoder", "model")
+    for net, config, part in (
+            (vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, "vae"),
+            (nets["transformer"], TRANSFORMER, "transformer"), (nets["text"], text_config, "text_encoder")):
+        write(net, config, args.output / part, "model" if part == "text_encoder" else "diffusion_pytorch_model")
     (args.output / "model_index.json").write_text(json.dumps({
         "_class_name": "WanPipeline", "_diffusers_version": "0.35.2",
         "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],

@@ -55,19 +55,37 @@ def sample_scenes(count, generator, frames=17):
     }
 
 
-def captions(scenes):
-    """What a scene shows, in words, one string per scene."""
+def captions(scenes, window=None, shape=(1, 1.5), frames=17):
+    """What a scene shows half-way through the clip, in words, one string per scene. With a `window` as in `render`, of
+    `shape` pixels, what is seen in it: fish of which a third is there, as large as they seem, and the rest at all."""
+    scenes, half = {key: value.tolist() for key, value in scenes.items()}, (frames - 1) / FPS / 2
+    zero = [0.0] * len(scenes["x"])
+    windows = zip(zero, zero, [1.0] * len(zero)) if window is None else zip(*(part.tolist() for part in window))
     result = []
-    for row in range(len(scenes["fish"])):
+    for row, (left, top, pixel) in enumerate(windows):
+        scene, height, width = {key: value[row] for key, value in scenes.items()}, shape[0] * pixel, shape[1] * pixel
+
+        def share(x, y, long, high):  # of a box around a point, how much is in the window
+            inside = [max(min(middle + size / 2, start + extent) - max(middle - size / 2, start), 0) / size
+                      for middle, size, start, extent in ((x, long, left, width), (y, high, top, height))]
+            return inside[0] * inside[1]
+
         fish = []
-        for one in range(scenes["fish"][row]):
-            size = "large" if scenes["length"][row, one] > 0.5 else "small"
-            colour = list(COLOURS)[scenes["colour"][row, one]]
-            pattern = PATTERNS[scenes["pattern"][row, one]]
-            side = "right" if scenes["direction"][row, one] > 0 else "left"
-            fish.append(f"a {size} {colour} {pattern} fish swims {side}")
-        things = [thing for thing in ("seaweed", "bubbles") if scenes[thing][row]]
-        result.append(" and ".join(fish) + " above a sandy floor" + " with " * bool(things) + " and ".join(things))
+        for one in range(scene["fish"]):
+            x, length = scene["x"][one] + scene["direction"][one] * scene["speed"][one] * half, scene["length"][one]
+            if share(x, scene["y"][one], length, 0.4 * length) > 1 / 3:
+                size = "large" if length > height / 2 else "small"
+                colour, pattern = list(COLOURS)[scene["colour"][one]], PATTERNS[scene["pattern"][one]]
+                side = "right" if scene["direction"][one] > 0 else "left"
+                fish.append(f"a {size} {colour} {pattern} fish swims {side}")
+        blades = [share(x, scene["floor"] + 0.03 - up / 2, 0.03, up)
+                  for x, up in zip(scene["blade_x"], scene["blade_height"])]
+        bubbles = [share(x, y - speed * half, 2 * radius, 2 * radius) for x, y, speed, radius in zip(
+            *(scene[f"bubble_{part}"] for part in ("x", "y", "speed", "radius")))]
+        seen = {"seaweed": blades, "bubbles": bubbles}
+        things = [thing for thing, shares in seen.items() if scene[thing] and max(shares) > 0.2]
+        floor = ["above a sandy floor"] * (top + height > scene["floor"] + 0.03)
+        result.append(" ".join([" and ".join(fish), *floor, "with " * bool(things) + " and ".join(things)]).strip())
     return result
 
 
@@ -153,7 +171,7 @@ def render(scenes, height, width, frames=17, window=None):
 
 
 def draw_fish(picture, base, fish, x, y, t, pixel, there):
-    """A fish in its own coordinates: nose at (0.5, 0), tail at (-0.5, 0), upright; `there` is large if there is none."""
+    """A fish in its own coordinates: nose at (0.5, 0), tail at (-0.5, 0), upright; `there` is large if it is not."""
     length, direction = fish["length"], fish["direction"]
     pixel, there = pixel / length, there / length
     dx = direction * (x - fish["x"] - direction * fish["speed"] * t) / length
