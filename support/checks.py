@@ -169,6 +169,12 @@ def check_folder(args, files):
     return written
 
 
+def say(line):
+    """Print a line, of several processes in the first alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
 def fingerprint(value):
     """A few letters that tell one setting from another; of a folder, its weights, by the sizes, headers and middles of
     the safetensors files."""

@@ -3,13 +3,13 @@
 The method's loop stays as it is. Both are tried out first: where one does not work, a line says so, and the run goes on
 without it.
 """
-import sys
 from functools import partial
 
 import torch
 
 from freeswim import FLEX_OPTIONS, flex_window, grouped_window
 from model import Block, WanTransformer, full_attention, rotary_table
+from support.checks import say
 
 
 class CompiledBlock(Block):
@@ -35,7 +35,7 @@ def transformer_for(device):
                                                           full_attention)
         return CompiledTransformer
     except Exception as error:  # whatever a compiler may lack
-        print(f"blocks are not compiled, and slower: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr)
+        say(f"blocks are not compiled, and slower: {type(error).__name__}: {str(error)[:200]!r}")
         return WanTransformer
 
 
@@ -55,6 +55,5 @@ def window_for(device, dtype, head_dim):
             raise ValueError(f"its result is {error:.1e} off")
         return prepare
     except Exception as error:  # without the package, or whatever it does not know
-        print(f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}",
-              file=sys.stderr)
+        say(f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}")
         return None

@@ -5,9 +5,10 @@ for them. On a CPU, streams do nothing, and the same code copies at once.
 """
 import copy
 import os
-import sys
 
 import torch
+
+from support.checks import say
 
 
 def pin(tensor):
@@ -106,5 +107,5 @@ def plan_memory(args, transformer, dtype, device):
     args.features = args.features or ("gpu" if weights + working + kept <= free else "cpu")
     if args.offload is None:
         args.offload = ranks == 1 and weights + working + kept * (args.features == "gpu") > free
-    print(f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
-          f"would take about {(weights + working + kept) / 2**30:.0f} GiB of {free / 2**30:.0f}", file=sys.stderr)
+    say(f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
+        f"would take about {(weights + working + kept) / 2**30:.0f} GiB of {free / 2**30:.0f}")

@@ -29,6 +29,9 @@ def main():
                 lambda module, inputs, output: seen.append(inputs[0].shape[1]))
             assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
             assert max(seen) <= -(-math.prod(case.meta["grid"]) // ranks)  # only its own tokens
+        steps = len(case.meta["timesteps"])
+        attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
+        assert traded(lambda: refined(case, cache_interval=interval)) == attentions * formula(case.transformer, case.meta)
         sent = count_collectives(lambda: [block.eps for block in case.transformer.blocks])
         assert sent == 0  # nobody talks because somebody looks at the blocks
         for block in case.transformer.blocks:
@@ -60,6 +63,31 @@ def main():
         assert relative(result, one) <= 1e-5
     print(f"rank {dist.get_rank()} of {ranks} agrees")
     dist.destroy_process_group()
+
+
+def formula(transformer, meta):
+    """Bytes that all ranks together send for one self-attention in every block: query, key, value and the result, but for
+    what each has already: of its tokens, its heads. README.md projects from it what more GPUs would give."""
+    tokens, heads, ranks = math.prod(meta["grid"]), transformer.heads, dist.get_world_size()
+    own = sum(len(mine) * len(its) for mine, its in zip(torch.arange(tokens).tensor_split(ranks),
+                                                        torch.arange(heads).tensor_split(ranks)))
+    return 4 * len(transformer.blocks) * (tokens * heads - own) * transformer.head_dim * 4
+
+
+def traded(function):
+    """Bytes that all ranks together send to others in the all-to-alls of a function."""
+    send, sent = dist.all_to_all_single, []
+
+    def counted(received, given, sizes, given_sizes):
+        sent.append((sum(given_sizes) - given_sizes[dist.get_rank()]) * given.element_size())
+        return send(received, given, sizes, given_sizes)
+
+    dist.all_to_all_single = counted
+    function()
+    dist.all_to_all_single = send
+    total = torch.tensor(sum(sent))
+    dist.all_reduce(total)
+    return total.item()
 
 
 def count_collectives(function):
