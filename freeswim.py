@@ -117,7 +117,7 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=
 
     def attend(query, key, value):
         attended = torch.empty_like(query)
-        groups = (part.split(4, dim=1) for part in (query, key, value, attended))  # small copies, small indices
+        groups = (part.split(4, dim=1) for part in (query, key, value, attended))  # of 4 heads: indices fit 32 bits
         for *parts, result in zip(*groups):
             parts = (F.pad(part, (0, 0, 0, fill)) for part in parts)
             result.copy_(compiled(*parts, block_mask=block_mask, scale=scale, kernel_options=options)[:, :, :tokens])

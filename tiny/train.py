@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model import (
-    Block, TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
-)
+from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
+from support.fast import CompiledTransformer
 from tiny import world
 
 HERE = Path(__file__).parent
@@ -212,9 +211,9 @@ def train_vae(args, log):
     return vae
 
 
-def new_transformer(config):
+def new_transformer(cls, config):
     """Random, so that its first prediction is nothing."""
-    transformer = WanTransformer(config)
+    transformer = cls(config)
     for layer in transformer.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(layer.weight)
@@ -225,7 +224,8 @@ def new_transformer(config):
 
 def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
     """The text encoder and the transformer, as one ModuleDict, from the encoded clips."""
-    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": new_transformer(TRANSFORMER)})
+    cls = WanTransformer if args.device == "cpu" else CompiledTransformer  # twice as fast
+    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": new_transformer(cls, TRANSFORMER)})
     if args.start:
         loaded = {"text": TextEncoder.from_pretrained(args.start / "text_encoder"),
                   "transformer": WanTransformer.from_pretrained(args.start / "transformer")}
@@ -233,9 +233,6 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         for name, net in loaded.items():
             nets[name].load_state_dict(net.state_dict())
     nets.to(args.device)
-    if args.device != "cpu":  # twice as fast; the parts, not the whole, lest the rotary table be computed in each
-        for part in ("self_attention", "cross_attention", "feed_piece"):
-            setattr(Block, part, torch.compile(getattr(Block, part)))
     empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
     firsts = []  # of the first latent frame, the loss apart: what it shows has no past
 
