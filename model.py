@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One transformer block, in three parts that a caller composes: self-attention, cross-attention, feed-forward.
-    `tokens` is (B, N, D), `modulation` (B, 6, D) float32, the timestep's shifts, scales and gates, to which a block adds
+    `tokens` is (B, N, D), `modulation` (B, 6, D) float32, the timestep's shifts, scales, gates, to which a block adds
     its learned table. Norms and residuals are computed in float32, matrix products in the dtype of the weights."""
 
     def __init__(self, dim, heads, ffn_dim, eps):
