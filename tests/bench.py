@@ -3,11 +3,13 @@
     attention   one window attention at 1080p, beside full attention and FlexAttention as the authors order tokens
     step        a block, a step and a run of 35 steps at 1080p: as they are, compiled, and with flash-attn-4
     memory      the peak of a whole pass: with the cache, without, with features or weights on the CPU
+    14b         the same with the dimensions of the 14B, weights resident and on the CPU
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     vae         encode and decode at 1080p, beside Diffusers'
+    gpus        a projection of a step on several GPUs, from what was measured on one and from the bytes exchanged
 
 `--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the dimensions of Wan2.1 1.3B
-(or 14B, where it says so), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all of them
+(or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all of them
 would take minutes; a step is worked out from them, as all blocks are alike. Memory is the allocated peak.
 """
 import argparse
@@ -199,14 +201,18 @@ def memory_table():
         del features
     stream_blocks(transformer.to("cpu"), torch.device("cuda"))
     report("weights on the CPU: window, own text", lambda: run())
-    del transformer, run
+
+
+def memory_14b_table():
+    table("one pass, 1080p, 4 of the 14B's 40 blocks, compiled")
+    given, window = inputs(HD), list(windows(HD).values())[-1]
     for name, device in (("resident", "cuda"), ("on the CPU", "cpu")):
         transformer = random_transformer(CompiledTransformer, 4, device=device, **B14)
         if device == "cpu":
             stream_blocks(transformer, torch.device("cuda"))
         run = partial(predict, transformer, *given, attend_window=window)
-        report(f"14B, 4 of 40 blocks, weights {name}: both paths", lambda: run(attend_full=FULL), 1)
-        report(f"14B, 4 of 40 blocks, weights {name}: window, own text", lambda: run(), 1)
+        report(f"weights {name}: both paths", lambda: run(attend_full=FULL), 1)
+        report(f"weights {name}: window, own text", lambda: run(), 1)
         del transformer, run
 
 
@@ -231,7 +237,10 @@ def sampled_attention(parts, sample, window=None):
 def uhd_table():
     table("2160x3840")
     parts, sample = random_parts(UHD), torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0))
+    start = time.time()
     found, errors = windows(UHD), {}
+    torch.cuda.synchronize()
+    print(f"| preparing {' and '.join(found)} | {1000 * (time.time() - start):.0f} | | | |", flush=True)
     for name, attend, window in (("full", FULL, None), *((name, attend, WINDOW) for name, attend in found.items())):
         _, attended = report(f"attention: {name}", lambda: attend(*parts), 1)
         errors[name] = f"{relative(attended[0, :, sample], sampled_attention(parts, sample, window)):.1e}"
@@ -295,7 +304,23 @@ def quick_table():
         print(f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | {relative(result, expected):.1e} |")
 
 
-TABLES = {"attention": attention_table, "step": step_table, "memory": memory_table, "4k": uhd_table, "vae": vae_table}
+def projection_table(window=0.104, full=0.3175, step=10.8, link=450e9, network=50e9):
+    """Seconds of one H200 by the tables above, with blocks as they are; bytes a second in one direction of its NVLink,
+    as its data sheet says, and of the network to another host. Nothing is overlapped; tests/ranks.py counts the bytes."""
+    print("\n| GPUs | most heads on one | sent by each in a step | a step |\n|---|---|---|---|")
+    attentions = 2 + 1 / 5  # in every block, in the mean: window and negative prompt's window, the full path
+    attention = LAYERS * (2 * window + full / 5)
+    for ranks, remote in ((2, 0), (4, 0), (8, 0), (16, 8 / 15)):  # the last on two hosts
+        heads = -(-HEADS // ranks)
+        sent = LAYERS * attentions * 4 * math.prod(HD) * HEADS * HEAD_DIM * 2 * (ranks - 1) / ranks**2
+        trading = sent * ((1 - remote) / link + remote / network)
+        seconds = attention * heads / HEADS + (step - attention) / ranks + trading
+        print(f"| {ranks} | {heads} of {HEADS} | {sent / 1e9:.1f} GB, {trading:.2f} s | {seconds:.1f} s, "
+              f"{step / seconds:.1f} times faster |")
+
+
+TABLES = {"attention": attention_table, "step": step_table, "memory": memory_table,
+          "14b": memory_14b_table, "4k": uhd_table, "vae": vae_table, "gpus": projection_table}
 
 
 @torch.no_grad()
@@ -308,7 +333,8 @@ def main():
         parser.error(f"no such table: {', '.join(unknown)}")
     if args.quick:
         return quick_table()
-    print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"), flush=True)
+    if args.tables != ["gpus"]:
+        print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"), flush=True)
     for name in args.tables or TABLES:
         TABLES[name]()
         torch.cuda.empty_cache()
