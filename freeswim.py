@@ -5,8 +5,7 @@ a window of native size that moves inward at the borders (so that it sees what i
 with full attention decides the content: its cross-attention output overrides the window path's. That output changes
 slowly from step to step, so that it can be kept for several steps.
 
-Letters in shapes are those of model.py. `grid` is (T, H, W) in tokens, `window` is (rows, columns) in tokens, both odd;
-time is never windowed.
+Letters in shapes are those of model.py. `grid` is (T, H, W) and `window` (rows, columns), both odd; time has no window.
 """
 import itertools
 import math
@@ -168,6 +167,7 @@ def predict(transformer, latents, timestep, text, attend_window, attend_full=Non
         else:
             content = block.cross_attention(window_tokens, text)
         window_tokens = block.feed_forward(window_tokens + content, modulation)
+        del content  # as large as all tokens: not needed any more
     return transformer.unembed(window_tokens, time, (frames, height // 2, width // 2))
 
 

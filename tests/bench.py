@@ -306,7 +306,7 @@ def quick_table():
 
 def projection_table(window=0.104, full=0.3175, step=10.8, link=450e9, network=50e9):
     """Seconds of one H200 by the tables above, with blocks as they are; bytes a second in one direction of its NVLink,
-    as its data sheet says, and of the network to another host. Nothing is overlapped; tests/ranks.py counts the bytes."""
+    as its data sheet says, and of the network to another host. Nothing is overlapped. tests/ranks.py counts bytes."""
     print("\n| GPUs | most heads on one | sent by each in a step | a step |\n|---|---|---|---|")
     attentions = 2 + 1 / 5  # in every block, in the mean: window and negative prompt's window, the full path
     attention = LAYERS * (2 * window + full / 5)
