@@ -32,7 +32,7 @@ class FeaturesOnCPU:
         compute = self.streams.current_stream()
         compute.wait_stream(self.copies)  # those of the block before have left: only now may their memory be reused
         self.copies.wait_stream(compute)
-        if index not in self.kept:
+        if index not in self.kept or self.kept[index].shape != features.shape:
             self.kept[index] = pin(torch.empty_like(features, device="cpu"))
         with self.streams.stream(self.copies):
             self.kept[index].copy_(features, non_blocking=True)

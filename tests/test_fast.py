@@ -95,6 +95,10 @@ def test_features_on_the_cpu(case, interval):
     for k in (interval, 2):  # the second time, it holds features of the first
         assert torch.equal(refined(case, cache_interval=k, features=features), refined(case, cache_interval=k))
     assert len(features) == len(case.transformer.blocks)
+    larger = freeswim.upsample(case.expected["encoded"], 20, 22)
+    for latents in (larger, None):  # and of another size
+        expected = refined(case, latents, cache_interval=2)
+        assert torch.equal(refined(case, latents, cache_interval=2, features=features), expected)
 
 
 def test_streamed_blocks(case):
