@@ -92,7 +92,7 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=
     options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {}) if options is None else options
     frames, height, width = grid
     rows, columns = (min(sizes) for sizes in zip(window, grid[1:])) if kind == "inward" else window
-    tokens, fill = math.prod(grid), -math.prod(grid) % 128  # in whole blocks, the kernel is a tenth faster
+    fill = -(tokens := math.prod(grid)) % 128  # in whole blocks, the kernel is a tenth faster
 
     # A row and a column are one number, row * 2**14 + column, so that both are compared at once.
     def place(key):

@@ -101,7 +101,7 @@ class Block(nn.Module):
         """The tokens after the feed-forward network. In pieces: its inner tensor would be the largest of all."""
         return torch.cat([self.feed_piece(x, modulation) for x in tokens.split(self.piece, dim=1)], dim=1)
 
-    def feed_piece(self, tokens, modulation):
+    def feed_piece(self, tokens, modulation):  # what `feed_forward` does, to some of the tokens
         shift, scale, gate = (self.table + modulation).chunk(6, dim=1)[3:]
         return (tokens.float() + gate * self.ffn(modulate(tokens, shift, scale, self.eps))).to(tokens.dtype)
 

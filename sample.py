@@ -265,9 +265,9 @@ def main(typed, defaults):
 def make_videos(run, args, transformer, vae, suited, prompts):
     """The way of a clip: base, upsampled, encoded, refined, decoded, written; nothing is computed twice."""
     (height, width), native, first = args.target, args.native, parallel.rank() == 0
-    if first:
-        print(*args.notes, f"{args.prompt}\n{native[1]}x{native[0]} to {width}x{height}, {args.frames} frames, on "
-              f"{run.device}; should it end early, go on with --resume {run.output}", sep="\n", file=sys.stderr)
+    for line in (*args.notes, args.prompt, f"{native[1]}x{native[0]} to {width}x{height}, {args.frames} frames, on "
+                 f"{run.device}; should it end early, go on with --resume {run.output}"):
+        checks.say(line)
     sampling = dict(**prompts, steps=args.steps, guidance=args.guidance)
     tiled = height * width > 2**18  # less than 512 x 512 takes little memory, and tiles would be slower
 

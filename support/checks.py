@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 
 from model import clean_prompt, read_json
 from support import media
+from support.parallel import rank
 
 try:
     import fcntl
@@ -171,7 +172,7 @@ def check_folder(args, files):
 
 def say(line):
     """Print a line, of several processes in the first alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(line, file=sys.stderr)
 
 

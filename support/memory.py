@@ -15,33 +15,47 @@ def pin(tensor):
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
+class Copies:
+    """Copies in a stream beside the computation's: `start` has them begin once all that is queued there is done, `wait`
+    has what is queued there from now on wait for them."""
+
+    def __init__(self, device):
+        self.streams = torch.get_device_module(device)
+        self.stream = self.streams.Stream(device) if device.type == "cuda" else self.streams.Stream()
+
+    def start(self, targets, sources):
+        self.stream.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.stream):
+            for target, source in zip(targets, sources):
+                target.copy_(source, non_blocking=True)
+
+    def wait(self):
+        self.streams.current_stream().wait_stream(self.stream)
+
+
 class FeaturesOnCPU:
     """The features that `freeswim.predict` keeps, {block: (B, N, D)}: those of a block leave while it goes on, and come
     back while the block before it runs."""
 
     def __init__(self, device):
         self.device, self.kept = torch.device(device), {}
-        self.streams = torch.get_device_module(self.device)
-        self.copies = self.streams.Stream(self.device) if self.device.type == "cuda" else self.streams.Stream()
+        self.copies = Copies(self.device)
         self.moving = None  # what is on its way, and has to live until then: index and tensor
 
     def __len__(self):
         return len(self.kept)
 
     def __setitem__(self, index, features):
-        compute = self.streams.current_stream()
-        compute.wait_stream(self.copies)  # those of the block before have left: only now may their memory be reused
-        self.copies.wait_stream(compute)
+        self.copies.wait()  # those of the block before have left: only now may their memory be used again
         if index not in self.kept or self.kept[index].shape != features.shape:
             self.kept[index] = pin(torch.empty_like(features, device="cpu"))
-        with self.streams.stream(self.copies):
-            self.kept[index].copy_(features, non_blocking=True)
+        self.copies.start([self.kept[index]], [features])
         self.moving = None, features
 
     def __getitem__(self, index):
         if self.moving is None or self.moving[0] != index:
             self.fetch(index)
-        self.streams.current_stream().wait_stream(self.copies)
+        self.copies.wait()
         features = self.moving[1]
         if index + 1 in self.kept:
             self.fetch(index + 1)
@@ -49,9 +63,7 @@ class FeaturesOnCPU:
 
     def fetch(self, index):
         features = torch.empty_like(self.kept[index], device=self.device)
-        self.copies.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copies):
-            features.copy_(self.kept[index], non_blocking=True)
+        self.copies.start([features], [self.kept[index]])
         self.moving = index, features
 
 
@@ -62,8 +74,7 @@ class StreamedBlocks:
         self.blocks, self.slots = blocks, [copy.deepcopy(blocks[0]).to(device) for _ in range(2)]
         for parameter in blocks.parameters():
             parameter.data = pin(parameter.data)
-        self.streams = torch.get_device_module(device)
-        self.copies = self.streams.Stream(device) if device.type == "cuda" else self.streams.Stream()
+        self.copies = Copies(device)
 
     def __len__(self):
         return len(self.blocks)
@@ -71,16 +82,13 @@ class StreamedBlocks:
     def __iter__(self):
         self.send(0)
         for index in range(len(self)):
-            self.streams.current_stream().wait_stream(self.copies)
+            self.copies.wait()
             if index + 1 < len(self):
                 self.send(index + 1)  # into the slot of the block before, all of whose work is queued
             yield self.slots[index % 2]
 
     def send(self, index):
-        self.copies.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copies):
-            for target, source in zip(self.slots[index % 2].parameters(), self.blocks[index].parameters()):
-                target.copy_(source, non_blocking=True)
+        self.copies.start(self.slots[index % 2].parameters(), self.blocks[index].parameters())
 
 
 def stream_blocks(transformer, device):
@@ -104,8 +112,9 @@ def plan_memory(args, transformer, dtype, device):
     weights = sum(parameter.numel() for parameter in transformer.parameters()) * dtype.itemsize
     kept = tokens * len(transformer.blocks) if args.cache_interval else 0
     working = 9 * tokens + 2**31 + 2**30  # as measured; feed-forward pieces, the VAE, what lies idle between tensors
-    args.features = args.features or ("gpu" if weights + working + kept <= free else "cpu")
+    needed = weights + working + kept
+    args.features = args.features or ("gpu" if needed <= free else "cpu")
     if args.offload is None:
-        args.offload = ranks == 1 and weights + working + kept * (args.features == "gpu") > free
+        args.offload = ranks == 1 and needed - kept * (args.features == "cpu") > free
     say(f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
-        f"would take about {(weights + working + kept) / 2**30:.0f} GiB of {free / 2**30:.0f}")
+        f"would take about {needed / 2**30:.0f} GiB of {free / 2**30:.0f}")

@@ -9,8 +9,8 @@
     gpus        a projection of a step on several GPUs, from what was measured on one and from the bytes exchanged
 
 `--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the dimensions of Wan2.1 1.3B
-(or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all of them
-would take minutes; a step is worked out from them, as all blocks are alike. Memory is the allocated peak.
+(or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all would take minutes; a
+step is worked out from them, as all blocks are alike. Memory is the allocated peak.
 """
 import argparse
 import json
@@ -110,11 +110,10 @@ def attention_table():
     table("one self-attention, 1080p", "TFLOP/s")
     parts = random_parts(HD)
     flops = 4 * math.prod(HD) ** 2 * HEADS * HEAD_DIM
-    floors, share = [], WINDOW[0] * WINDOW[1] / (HD[1] * HD[2])  # of all pairs, the exact window's
+    share, seconds = WINDOW[0] * WINDOW[1] / (HD[1] * HD[2]), {}  # of all pairs, the exact window's
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel([backend]):
-            seconds, _ = report(f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops)
-        floors.append(1000 * seconds * share)
+            seconds[backend], _ = report(f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops)
     attend = time_major_window(HD, WINDOW)
     report("window, (t, h, w) order", lambda: attend(*parts), flops=share * flops)
     expected = grouped_window(HD, WINDOW, SCALE)(*(part[:, :1] for part in parts))
@@ -122,7 +121,8 @@ def attention_table():
     for name, attend in windows(HD).items():
         _, attended = report(f"window, ours, {name}", lambda: attend(*parts), flops=share * flops)
         off[name] = f"{relative(attended[:, :1], expected):.1e}"
-    print(f"| floor: the window's pairs at cuDNN's rate | {floors[0]:.1f} | | | |\n\noff from the groups: {off}")
+    floor = 1000 * seconds[SDPBackend.CUDNN_ATTENTION] * share
+    print(f"| floor: the window's pairs at cuDNN's rate | {floor:.1f} | | | |\n\noff from the groups: {off}")
     start = time.time()
     flex_window(HD, WINDOW, SCALE)(*parts)
     torch.cuda.synchronize()
@@ -153,7 +153,7 @@ FULL = partial(full_attention, scale=SCALE)
 
 
 def passes(transformer, grid, window, name, repeats=3):
-    """A row for each kind of pass; prints what a step, and 35, take with all blocks."""
+    """Prints a row for each kind of pass; returns one of what a step, and 35, take with all blocks."""
     given, layers, features = inputs(grid), len(transformer.blocks), {}
     run = partial(predict, transformer, *given, attend_window=window)
     embedding, _ = report(f"{name}: no block", lambda: transformer.embed(*given), repeats)

@@ -1,8 +1,8 @@
 """Compares a port's tensors with the reference: `python tests/port_check.py YOUR.safetensors`.
 
-Put into YOUR file whatever you have, by the names of tests/reference/README.md; a batch dimension of one may stay. There
-is a line for each: what is wrong comes first, and of that what is computed first, with the place in our code to look
-at. Exits with 1 if anything is wrong, with 2 if there is nothing to compare.
+Put into YOUR file whatever you have, by the names of tests/reference/README.md; a batch of one may stay. There is a
+line for each: what is wrong comes first, and of that what is computed first, with the place in our code to look at.
+Exits with 1 if anything is wrong, with 2 if there is nothing to compare.
 """
 import re
 import sys
@@ -64,22 +64,26 @@ def rank(name):
     return next(index for index, pattern in enumerate(PLACES) if re.match(pattern, name))
 
 
+def off(actual, expected):
+    """The norm of the difference over that of what is expected."""
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
 def compare(port):
-    """For every array of a port: is it wrong, and the line that says so; what is wrong first."""
-    known = reference()
-    lines = [(True, f"UNKNOWN {name}: no such name; tests/reference/README.md has them all")
+    """Of every array of a port: whether it is wrong, its name, and the line that says so; what is wrong first."""
+    known, places = reference(), list(PLACES.values())
+    lines = [(True, name, f"UNKNOWN {name}: no such name; tests/reference/README.md has them all")
              for name in sorted(port.keys() - known.keys())]
     for name, expected in ((name, known[name]) for name in known if name in port):
-        place, limit = list(PLACES.values())[rank(name)], 1e-3 if name.startswith("refine") else 1e-4
+        place, limit = places[rank(name)], 1e-3 if name.startswith("refine") else 1e-4
         actual = port[name].astype(np.float64)
         if actual.size != expected.size or actual.shape[-expected.ndim :] != expected.shape[-actual.ndim :]:
-            lines.append((True, f"WRONG {name}: is {actual.shape}, should be {expected.shape}; see {place}"))
+            lines.append((True, name, f"WRONG {name}: is {actual.shape}, should be {expected.shape}; see {place}"))
             continue
-        expected = expected.astype(np.float64).reshape(actual.shape)
-        off = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-        wrong = not off <= limit
-        lines.append((wrong, f"{'WRONG' if wrong else 'right'} {name}: {off:.1e} off, at most {limit:.0e}"
-                             + f"; see {place}" * wrong))
+        error = off(actual, expected.astype(np.float64).reshape(actual.shape))
+        wrong = not error <= limit
+        lines.append((wrong, name, f"{'WRONG' if wrong else 'right'} {name}: {error:.1e} off, at most {limit:.0e}"
+                                   + f"; see {place}" * wrong))
     return sorted(lines, key=lambda line: not line[0])  # stable: the order of the computation is kept
 
 
@@ -93,8 +97,8 @@ def main():
         print(f"port_check.py: {sys.argv[1]} is no safetensors file ({error}); write one with your tensors",
               file=sys.stderr)
         return 2
-    print(*(line for _, line in lines), sep="\n")
-    return 2 if not lines else int(any(wrong for wrong, _ in lines))
+    print(*(line for *_, line in lines), sep="\n")
+    return 2 if not lines else int(any(wrong for wrong, *_ in lines))
 
 
 if __name__ == "__main__":

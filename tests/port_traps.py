@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import port_check
 import port_numpy
+from port_check import off
 from references import as_clip, load
 
 import freeswim
@@ -73,15 +74,6 @@ def altered(file, *changes):
     return module
 
 
-def first_fault(steps):
-    """The name that port_check puts first."""
-    return port_check.compare(steps)[0][1].split()[1].rstrip(":")
-
-
-def off(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
 def without_zeros(port):
     """How far the refinement is off if, of a text of 7 tokens, the zeros after it are cut off; masking is the same."""
     weights, config, meta, given = port.load()
@@ -114,7 +106,7 @@ def main():
     for name, (_, *changes) in TRAPS.items():
         steps = altered(HERE / "port_numpy.py", *changes).steps()
         end = "refine.cache3" if "cache" in name else "refine.step4"
-        print(f"| {name} | {off(steps[end], right[end]):.1e} | `{first_fault(steps)}` |")
+        print(f"| {name} | {off(steps[end], right[end]):.1e} | `{port_check.compare(steps)[0][1]}` |")
     print(f"| the zeros after the text cut off, or masked | {without_zeros(port_numpy):.1e} | |")
     for name, wrong, right in vae_traps():
         print(f"| {name} | clip: {off(wrong.numpy(), right.numpy()):.1e} | |")

@@ -74,11 +74,9 @@ def test_flex_window_at_the_size_it_is_for(monkeypatch):
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(name, tensor):
-    case = load(name)
-    result = case.expected[tensor]
+    case = on_gpu(name)
     case.transformer.cuda()
-    case.expected = {key: value.cuda() for key, value in case.expected.items()}
-    assert relative(refined(case, cache_interval=interval_of(tensor)), result) <= 1e-3
+    assert relative(refined(case, cache_interval=interval_of(tensor)), case.expected[tensor]) <= 1e-3
 
 
 def on_gpu(name):

@@ -29,7 +29,7 @@ def check(*arguments):
 
 def test_every_step_of_the_port(port):
     lines = port_check.compare(port)
-    assert not [line for wrong, line in lines if wrong]
+    assert not [line for wrong, _, line in lines if wrong]
     assert len(lines) == len(port) and {name.split(".")[0] for name in port} == {"dit", "unipc", "refine"}
     assert {name for name in load_file(REFERENCE / "steps.safetensors") if name.startswith("dit")} <= port.keys()
 
@@ -39,7 +39,7 @@ def test_whole_refinements_of_the_port(case, tensor):
     weights, config, meta, given = port_numpy.load(case)
     *_, latents = port_numpy.refine(weights, config, meta, given["init_latents"], given["text"], given["negative"],
                                     interval_of(tensor))
-    assert port_traps.off(latents, given[tensor]) <= 1e-3
+    assert port_check.off(latents, given[tensor]) <= 1e-3
 
 
 def test_the_port_is_short_and_stands_alone():
@@ -63,17 +63,17 @@ def test_traps_are_found_at_their_place(trap):
     """The first fault is where the trap is, and all that comes before it is right."""
     where, *changes = port_traps.TRAPS[trap]
     steps = port_traps.altered(PORT, *changes).steps()
-    assert port_traps.first_fault(steps) == where
     lines = port_check.compare(steps)
-    assert re.match(r"WRONG .*; see \w+\.py: \w+", lines[0][1])
+    assert lines[0][1] == where
+    assert re.match(r"WRONG .*; see \w+\.py: \w+", lines[0][2])
     before = list(port_check.reference())
     before = [name for name in before[: before.index(where)] if name in steps]
-    assert all(f"right {name}:" in " ".join(line for _, line in lines) for name in before)
+    assert all(f"right {name}:" in " ".join(line for *_, line in lines) for name in before)
 
 
 def test_the_other_traps_matter():
     assert port_traps.without_zeros(port_numpy) > 1e-2
-    errors = {name: port_traps.off(wrong.numpy(), right.numpy()) for name, wrong, right in port_traps.vae_traps()}
+    errors = {name: port_check.off(wrong.numpy(), right.numpy()) for name, wrong, right in port_traps.vae_traps()}
     harmless = errors.pop("upsampling with antialiasing")  # when enlarging; the others are not
     assert harmless <= 1e-6 and min(errors.values()) > 1e-2
 
@@ -96,11 +96,12 @@ def test_the_command(port, tmp_path):
 
 def test_the_authors_outputs_can_be_compared_too():
     given = load_file(REFERENCE / "odd" / "expected.safetensors")
-    outputs = {name: given[name] for name in ("mask", "dual_full", "guide_window", "reuse_window", "window_only_negative",
-                                              "dual_window_negative", "encoded", "init_latents", "decoded")}
-    assert [wrong for wrong, _ in port_check.compare(outputs)] == len(outputs) * [False]
+    outputs = {name: given[name] for name in (
+        "mask", "dual_full", "guide_window", "reuse_window", "window_only_negative", "dual_window_negative", "encoded",
+        "init_latents", "decoded")}
+    assert [wrong for wrong, *_ in port_check.compare(outputs)] == len(outputs) * [False]
     outputs["reuse_window"] = given["dual_window"]
-    assert "reuse_window" in port_check.compare(outputs)[0][1]
+    assert port_check.compare(outputs)[0][:2] == (True, "reuse_window")
     for place in port_check.PLACES.values():  # files and names are there
         file, names_there = place.split(";")[0].split(": ")
         text = (REFERENCE.parent.parent / file).read_text()

@@ -6,7 +6,6 @@ What the values are, tests/reference/README.md tells. Other tests show that this
 tests/test_port.py that the file is what this script writes.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,28 +26,29 @@ def transformer_steps(case):
     found |= {"patches": tokens, "time": time, "modulation": modulation, "text": text}
     found |= {"rotary.cos": rotary[0].squeeze(1), "rotary.sin": rotary[1].squeeze(1)}
 
-    def keep(name, layer, inputs, output):
-        found.setdefault(f"block0.{name}", output)
+    def keep(name, value):  # the first is block 0's, and the window path's
+        found.setdefault(f"block0.{name}", value)
 
     attention = net.blocks[0].self_attn
     layers = {"query.linear": attention.to_q, "key.linear": attention.to_k, "value": attention.to_v,
               "query.norm": attention.norm_q, "key.norm": attention.norm_k}
-    hooks = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
-    hooks += [attention.to_q.register_forward_hook(lambda layer, inputs, output: keep("modulated", layer, (), *inputs))]
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output, name=name: keep(name, output))
+             for name, layer in layers.items()]
+    hooks += [attention.to_q.register_forward_hook(lambda layer, inputs, output: keep("modulated", *inputs))]
 
     def noted_window(query, key, value):  # (B, heads, N, head_dim); noted as (N, heads, head_dim)
         attended = case.window(query, key, value)
-        keep("query.rotated", None, (), query.transpose(1, 2)), keep("key.rotated", None, (), key.transpose(1, 2))
-        keep("attended", None, (), attended.transpose(1, 2).flatten(2))
+        keep("query.rotated", query.transpose(1, 2)), keep("key.rotated", key.transpose(1, 2))
+        keep("attended", attended.transpose(1, 2).flatten(2))
         return attended
 
     window = full = tokens
     for index, block in enumerate(net.blocks):
         window = block.self_attention(window, modulation, rotary, noted_window)
-        keep("self_attention", None, (), window)
+        keep("self_attention", window)
         full = block.self_attention(full, modulation, rotary, case.full)
         content = block.cross_attention(full, text)
-        keep("cross_attention", None, (), content)
+        keep("cross_attention", content)
         full = block.feed_forward(full + content, modulation)
         window = block.feed_forward(window + content, modulation)
         found |= {f"block{index}.full_tokens": full, f"block{index}.window_tokens": window}

@@ -40,8 +40,8 @@ TEXT = {
 }
 TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
 # What clips show, at which multiple of the native size, and their share of the transformer's batches. Wan was trained
-# at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window of a large
-# frame is a close-up: a model that never saw any puts a floor and a fish into every window.
+# at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window of a
+# large frame is a close-up: a model that never saw any puts a floor and a fish into every window.
 SETS = {("scene", 1): 0.4, ("close-up", 1): 0.35, ("scene", 1.5): 0.1, ("scene", 2): 0.15}
 
 
@@ -127,8 +127,7 @@ def vae_windows(args, generator, size=64):
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(5, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    middle = scenes["x"][:, 0] + scenes["direction"][:, 0] * scenes["speed"][:, 0] * (frames - 1) / world.FPS / 2
-    near_x = middle + (u[2] - 0.5) * scenes["length"][:, 0]
+    near_x = world.halfway(scenes, frames)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0]
     near_y = scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0]
     x = torch.where(u[4] < 0.75, near_x, u[2] * world.WIDTH) - size / 2 * pixel
     y = torch.where(u[4] < 0.75, near_y, u[3]) - size / 2 * pixel
@@ -163,8 +162,8 @@ def close_ups(scenes, args, generator):
     """Windows of scenes, as `world.render` takes them: magnified 1.1 to 3 times, six of ten near a fish."""
     u = torch.rand(5, len(scenes["x"]), generator=generator)
     pixel = 3 ** -(0.1 + 0.9 * u[0]) / args.height
-    fish_x = scenes["x"][:, 0] + scenes["direction"][:, 0] * scenes["speed"][:, 0] * (args.frames - 1) / world.FPS / 2
     near, width, height = u[1] < 0.6, args.width * pixel, args.height * pixel
+    fish_x = world.halfway(scenes, args.frames)[:, 0]
     x = torch.where(near, fish_x + (u[2] - 0.5) * width, u[3] * world.WIDTH) - width / 2
     y = torch.where(near, scenes["y"][:, 0] + (u[4] - 0.5) * height, u[4]) - height / 2
     return x.clamp(min=0).minimum(world.WIDTH - width), y.clamp(min=0).minimum(1 - height), pixel
@@ -180,7 +179,7 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
         for _ in range(math.ceil(args.clips * SETS[shown, scale] / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
             window = close_ups(scenes, args, generator) if shown == "close-up" else None
-            text = world.captions(scenes, window, shape, args.frames) if window else world.captions(scenes)
+            text = world.captions(scenes, window, shape, args.frames)
             on_device = {key: value.to(args.device) for key, value in scenes.items()}
             window = window and [part.to(args.device) for part in window]
             video = world.render(on_device, *shape, args.frames, window)
@@ -200,10 +199,11 @@ def write(net, config, folder, name):
 
 
 def train_vae(args, log):
-    vae = WanVAE(VAE)
-    vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     if args.start:
         vae = WanVAE.from_pretrained(args.start / "vae").requires_grad_()
+    else:
+        vae = WanVAE(VAE)
+        vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
     steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
                   args.vae_minutes, 2e-3, args, log)
@@ -276,11 +276,11 @@ def main():
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
     sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS}
-    mean, std = vae.mean.flatten(), vae.std.flatten()  # those of the start, if its VAE is kept
-    if not args.start or args.vae_minutes > 0:
+    if args.start and args.vae_minutes == 0:  # its VAE is kept
+        mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
+    else:
         whole = sets["scene", 1][0].float()
         mean, std = whole.mean((0, 2, 3, 4)), whole.std((0, 2, 3, 4))
-    mean, std = mean.to(args.device), std.to(args.device)
     text_config = {**TEXT, "vocab_size": words}
     nets = train_transformer(sets, mean, std, tokenizer, text_config, args, log)
 

@@ -55,14 +55,20 @@ def sample_scenes(count, generator, frames=17):
     }
 
 
-def captions(scenes, window=None, shape=(1, 1.5), frames=17):
+def halfway(scenes, frames):
+    """Where the fish are half-way through a clip: x, (B, 2)."""
+    return scenes["x"] + scenes["direction"] * scenes["speed"] * (frames - 1) / FPS / 2
+
+
+def captions(scenes, window=None, shape=None, frames=17):
     """What a scene shows half-way through the clip, in words, one string per scene. With a `window` as in `render`, of
     `shape` pixels, what is seen in it: fish of which a third is there, as large as they seem, and the rest at all."""
-    scenes, half = {key: value.tolist() for key, value in scenes.items()}, (frames - 1) / FPS / 2
-    zero = [0.0] * len(scenes["x"])
-    windows = zip(zero, zero, [1.0] * len(zero)) if window is None else zip(*(part.tolist() for part in window))
-    result = []
-    for row, (left, top, pixel) in enumerate(windows):
+    if window is None:  # all of it, as one pixel high
+        zero, shape = torch.zeros(len(scenes["x"])), (1, WIDTH)
+        window = zero, zero, zero + 1
+    scenes = {key: value.tolist() for key, value in (scenes | {"middle": halfway(scenes, frames)}).items()}
+    half, result = (frames - 1) / FPS / 2, []
+    for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window))):
         scene, height, width = {key: value[row] for key, value in scenes.items()}, shape[0] * pixel, shape[1] * pixel
 
         def share(x, y, long, high):  # of a box around a point, how much is in the window
@@ -72,8 +78,8 @@ def captions(scenes, window=None, shape=(1, 1.5), frames=17):
 
         fish = []
         for one in range(scene["fish"]):
-            x, length = scene["x"][one] + scene["direction"][one] * scene["speed"][one] * half, scene["length"][one]
-            if share(x, scene["y"][one], length, 0.4 * length) > 1 / 3:
+            length = scene["length"][one]
+            if share(scene["middle"][one], scene["y"][one], length, 0.4 * length) > 1 / 3:
                 size = "large" if length > height / 2 else "small"
                 colour, pattern = list(COLOURS)[scene["colour"][one]], PATTERNS[scene["pattern"][one]]
                 side = "right" if scene["direction"][one] > 0 else "left"
