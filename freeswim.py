@@ -297,7 +297,7 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     attend_full = attend_window = partial(full_attention, scale=scale)
     if kind != "full":
         prepare = prepare or (flex_window if latents.is_cuda else grouped_window)
-        window = [2 * (tokens // 2) + 1 for tokens in native]  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
+        window = tuple(2 * (tokens // 2) + 1 for tokens in native)  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
         attend_window = prepare((frames, height // 2, width // 2), window, scale, kind, latents.device)
 
     if state is None:

@@ -15,7 +15,7 @@ from freeswim import generate
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from sample import PRESETS
 from tiny import world
-from tiny.ablate import at_border, frechet, judge, patch_features, sharpness
+from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
 
 TINY = Path(__file__).parent.parent / "tiny"
 PROMPTS = [f"a large {colour} plain fish swims right above a sandy floor" for colour in world.COLOURS]
@@ -86,7 +86,8 @@ def test_the_detector_is_right_on_true_clips():
     verdicts = []
     for start in range(0, 40, 4):
         part = {key: value[start : start + 4] for key, value in scenes.items()}
-        verdicts += [judge(clip, part, row) for row, clip in enumerate(world.render(part, 128, 192))]
+        frames = looked_at(world.render(part, 128, 192))
+        verdicts += [judge(clip, asked_for(part, row)) for row, clip in enumerate(frames)]
     share = {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in verdicts[0]}
     assert share["fish too many"] == 0
     assert min(share["count"], share["colours"], share["direction"]) >= 0.975 and share["pattern"] >= 0.9, share
@@ -97,17 +98,18 @@ def test_the_detector_sees_what_is_wrong():
     row = int((scenes["fish"] == 1).nonzero()[0])
     scenes = {key: value[row : row + 1] for key, value in scenes.items()}
     video = world.render(scenes, 256, 384)
-    assert judge(video[0], scenes, 0) == {
-        "fish too many": 0, "count": 1, "colours": 1, "direction": 1, "pattern": 1}
-    twice = torch.cat([video, video], dim=-1)  # the fish in each half, as a naive window would draw it
-    verdict = judge(twice[0], scenes, 0)
-    assert verdict["fish too many"] == 1 and verdict["count"] == verdict["colours"] == 0
-    wrong = {**scenes, "colour": (scenes["colour"] + 1) % 5}
-    assert judge(video[0], wrong, 0)["colours"] == 0
-    backwards = judge(video.flip(2)[0], scenes, 0)
+
+    def verdict(video, **changes):
+        return judge(looked_at(video)[0], asked_for(scenes | changes, 0))
+
+    assert verdict(video) == {"fish too many": 0, "count": 1, "colours": 1, "direction": 1, "pattern": 1}
+    twice = verdict(torch.cat([video, video], dim=-1))  # the fish in each half, as a naive window would draw it
+    assert twice["fish too many"] == 1 and twice["count"] == twice["colours"] == 0
+    assert verdict(video, colour=(scenes["colour"] + 1) % 5)["colours"] == 0
+    backwards = verdict(video.flip(2))
     assert backwards["direction"] == 0 and backwards["count"] == 1
     for other in {0, 1, 2} - {scenes["pattern"][0, 0].item()}:
-        assert judge(video[0], {**scenes, "pattern": torch.full_like(scenes["pattern"], other)}, 0)["pattern"] == 0
+        assert verdict(video, pattern=torch.full_like(scenes["pattern"], other))["pattern"] == 0
 
 
 def test_distances_of_detail():

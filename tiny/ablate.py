@@ -8,7 +8,11 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from freeswim import generate, refine, upsample
+from freeswim import flex_window, generate, grouped_window, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from sample import PRESETS
 from support import media
@@ -83,10 +87,13 @@ def find_fish(frames):
                 continue
             share = torch.bincount(colour[n][part & coloured[n]], minlength=len(world.COLOURS)).float()
             share = share / share.sum().clamp(min=1)
-            for index in (share > 0.12).nonzero().flatten().tolist():  # two fish that touch are two
+            several = (share > 0.12).nonzero().flatten().tolist()
+            for index in several:  # two fish that touch are two
                 own = part & coloured[n] & (colour[n] == index)
                 x = own.nonzero()[:, 1].float().mean().item()
-                fish.append({"colour": list(world.COLOURS)[index], "x": x, "mask": part})
+                closed = -grow(-grow(own[None].float(), 9), 9)[0] > 0.5
+                fish.append({"colour": list(world.COLOURS)[index], "x": x,
+                             "mask": closed if len(several) > 1 else part})
         found.append(fish)
     return found
 
@@ -102,13 +109,24 @@ def pattern_of(frame, mask):
     return "striped" if along < 0.85 * across else "spotted"
 
 
-def judge(video, scenes, row):
-    """What a clip (3, F, H, W) in [-1, 1] shows of what row `row` of the scenes asks for."""
-    frames = F.interpolate((video.transpose(0, 1) + 1) / 2, (NATIVE.height, NATIVE.width), mode="area")  # (F, 3, H, W)
-    wanted = [{"colour": list(world.COLOURS)[scenes["colour"][row, n]],
-               "direction": scenes["direction"][row, n].item(),
-               "pattern": world.PATTERNS[scenes["pattern"][row, n]]} for n in range(scenes["fish"][row])]
-    start, *middle, end = find_fish(frames[[2, 5, 8, 11, 14]])
+def looked_at(video):
+    """What the detector sees of clips (B, 3, F, H, W) in [-1, 1]: five frames of the native size, (B, 5, 3, h, w) in
+    [0, 1], from the third on every third."""
+    frames = (video[:, :, 2:15:3].transpose(1, 2) + 1) / 2
+    return F.interpolate(frames.flatten(0, 1), (NATIVE.height, NATIVE.width), mode="area").unflatten(0, (-1, 5))
+
+
+def asked_for(scenes, row):
+    """The fish that a scene's caption names, one dict each."""
+    return [{"colour": list(world.COLOURS)[scenes["colour"][row, n]],
+             "direction": scenes["direction"][row, n].item(),
+             "pattern": world.PATTERNS[scenes["pattern"][row, n]]} for n in range(scenes["fish"][row])]
+
+
+def judge(frames, wanted):
+    """How much of what is `asked_for` can be seen in a clip's frames, as `looked_at` gives them."""
+    frames = torch.as_tensor(frames)
+    start, *middle, end = find_fish(frames)
     counts = sorted(len(fish) for fish in middle)
     colours = sorted(fish["colour"] for fish in wanted)
     result = {"fish too many": counts[1] - len(wanted), "count": float(counts[1] == len(wanted)),
@@ -117,7 +135,7 @@ def judge(video, scenes, row):
     for fish in wanted:
         before, after = ([f["x"] for f in found if f["colour"] == fish["colour"]] for found in (start, end))
         direction.append(bool(before and after) and (after[0] - before[0]) * fish["direction"] > 0)
-        seen = [pattern_of(frames[at], f["mask"]) for at, found in zip((5, 8, 11), middle) for f in found
+        seen = [pattern_of(frame, f["mask"]) for frame, found in zip(frames[1:], middle) for f in found
                 if f["colour"] == fish["colour"]]
         pattern.append(bool(seen) and max(set(seen), key=seen.count) == fish["pattern"])
     return result | {"direction": float(all(direction)), "pattern": float(all(pattern))}
@@ -184,12 +202,14 @@ def decode(vae, latents):
     return torch.cat([vae.decode(clip, tiled=False) for clip in latents.split(4)])
 
 
-def measure(video, scenes, base=None):
-    """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches."""
+def measure(models, video, scenes, base=None):
+    """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches. What the detector
+    says is under "verdict", as a promise: other processes look while the next clips are made."""
     frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
-    results, features = [], []
+    results, features, seen = [], [], looked_at(video).cpu().numpy()
     for row, clip in enumerate(video):
-        result = judge(clip, scenes, row) | {"sharpness": sharpness(frames[row]).mean().item()}
+        result = {"verdict": models.judges.submit(judge, seen[row], asked_for(scenes, row)),
+                  "sharpness": sharpness(frames[row]).mean().item()}
         if base is not None:
             small = [F.interpolate(v.transpose(0, 1), (NATIVE.height // 2, NATIVE.width // 2), mode="area")
                      for v in (clip, base[row])]
@@ -197,6 +217,12 @@ def measure(video, scenes, base=None):
         results.append(result)
         features.append(patch_features(frames[row]))
     return results, torch.stack(features)
+
+
+def settled(results):
+    """The numbers of clips, with what the detector promised."""
+    return [numbers["verdict"].result() | {key: numbers[key] for key in numbers if key != "verdict"}
+            for numbers in results]
 
 
 def native_table(judged):
@@ -260,8 +286,8 @@ def base_clips(args, models, scenes, batches):
     for start, end in tqdm(batches, "base"):
         part = rows_of(scenes, start, end)
         true = render(part, 1, models.device)
-        judged["true clips"] += measure(true, part)[0]
-        judged["true clips through the VAE"] += measure(decode(models.vae, encode(models.vae, true)), part)[0]
+        judged["true clips"] += measure(models, true, part)[0]
+        judged["true clips through the VAE"] += measure(models, decode(models.vae, encode(models.vae, true)), part)[0]
         prompts = [*world.captions(part), ""]
         text, negative = encode_prompt(models.encoder, models.tokenizer, prompts).split([len(prompts) - 1, 1])
         negative = negative.expand_as(text)
@@ -271,7 +297,7 @@ def base_clips(args, models, scenes, batches):
                                flow_shift=NATIVE.base_shift,
                                generator=torch.Generator().manual_seed(1000 * seed + start))
             base = decode(models.vae, latents)
-            judged["base clips"] += measure(base, part)[0]
+            judged["base clips"] += measure(models, base, part)[0]
             bases[start, seed] = base.cpu(), text, negative
     return bases, judged
 
@@ -284,8 +310,8 @@ def true_clips(args, models, batches, scale):
     for start, end in batches:
         part = rows_of(scenes, start, end)
         video = render(part, scale, models.device)
-        truth.append(measure(video, part))
-        ceiling.append(measure(decode(models.vae, encode(models.vae, video)), part))
+        truth.append(measure(models, video, part))
+        ceiling.append(measure(models, decode(models.vae, encode(models.vae, video)), part))
     border, inside = at_border(torch.cat([features for _, features in truth]).flatten(0, 1))
     sharp = np.mean([result["sharpness"] for results, _ in truth for result in results])
     return {"sharpness": sharp, "border": border, "inside": inside}, ceiling
@@ -300,18 +326,18 @@ def refined_clips(args, models, scenes, bases, scale, settings):
     for (start, seed), (base, text, negative) in tqdm(bases.items(), f"{scale}x"):
         part, base = rows_of(scenes, start, start + len(base)), base.to(models.device)
         videos = {"bilinear upscale": upsample(base, height, width)}
-        results["bilinear upscale"].append(measure(videos["bilinear upscale"], part, base))
+        results["bilinear upscale"].append(measure(models, videos["bilinear upscale"], part, base))
         clean = encode(models.vae, videos["bilinear upscale"])
         for method in args.methods:
             began = time.time()
             latents = refine(models.transformer, clean, text, negative, native=native, steps=args.steps,
                              generator=torch.Generator().manual_seed(1000 * seed + start + 500),
-                             **settings, **METHODS[method])
+                             prepare=models.prepare, **settings, **METHODS[method])
             if models.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = (time.time() - began) / len(base)
             videos[method] = decode(models.vae, latents)
-            numbers, features = measure(videos[method], part, base)
+            numbers, features = measure(models, videos[method], part, base)
             results[method].append(([number | {"seconds": seconds} for number in numbers], features))
         if not pictures:
             videos["true clip"] = render(rows_of(scenes, 0, 6), scale, models.device)
@@ -329,7 +355,10 @@ def main():
         device=device, encoder=TextEncoder.from_pretrained(args.model / "text_encoder", device),
         tokenizer=load_tokenizer(args.model / "tokenizer", NATIVE.text_length),
         transformer=WanTransformer.from_pretrained(args.model / "transformer", device, dtype),
-        vae=WanVAE.from_pretrained(args.model / "vae", device))
+        vae=WanVAE.from_pretrained(args.model / "vae", device),
+        prepare=cache(flex_window if device.type == "cuda" else grouped_window),  # one window for all clips
+        judges=ProcessPoolExecutor(max(1, os.cpu_count() - 1), multiprocessing.get_context("spawn"),
+                                   torch.set_num_threads, (1,)))
     scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS[args.scenes]), NATIVE.frames)
     batches = [(start, min(start + args.batch, args.prompts)) for start in range(0, args.prompts, args.batch)]
     lines = []
@@ -340,14 +369,14 @@ def main():
         (args.output / "table.md").write_text("\n".join(lines) + "\n")
 
     bases, judged = base_clips(args, models, scenes, batches)
-    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n" + native_table(judged))
+    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n" + native_table({name: settled(results) for name, results in judged.items()}))
     for scale in args.scales:
         truth, ceiling = true_clips(args, models, batches, scale)
         for strength, shift, guidance in itertools.product(args.strength, args.flow_shift, args.guidance):
             settings = {"strength": strength, "flow_shift": shift, "guidance": guidance}
             results, pictures = refined_clips(args, models, scenes, bases, scale, settings)
             results["true clips through the VAE"] = ceiling
-            joined = {name: (sum((numbers for numbers, _ in parts), []), torch.cat([f for _, f in parts]))
+            joined = {name: (settled(sum((numbers for numbers, _ in parts), [])), torch.cat([f for _, f in parts]))
                       for name, parts in results.items()}
             report(f"\nAt {scale} times the native size, strength {strength}, flow shift {shift}, guidance {guidance}, "
                    f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n\n" + table(joined, truth))
