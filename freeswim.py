@@ -23,7 +23,6 @@ from model import full_attention
 
 def window_spans(length, size, kind="inward"):
     """For every position of an axis, the start and the end of what it sees; int64 (length,) each.
-
     An "inward" window moves inward at a border and keeps its size; a "clipped" one is cut off. A window larger than the
     axis sees all of it."""
     start = torch.arange(length) - size // 2
@@ -34,7 +33,6 @@ def window_spans(length, size, kind="inward"):
 
 def inward_mask(height, width, window, kind="inward"):
     """May a query position see a key position? bool (height * width, height * width), both row by row."""
-
     def axis(length, size):
         (start, end), key = window_spans(length, size, kind), torch.arange(length)
         return (start[:, None] <= key) & (key < end[:, None])  # (query, key)
@@ -84,15 +82,13 @@ FLEX_OPTIONS = {9: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3, USE_T
 
 def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=None):
     """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask that it needs.
-
     The mask does not depend on time. With time innermost, a block of 64 tokens is a few positions over all frames, so
     that few blocks are visited in vain: this is why tokens stand in (h, w, t) order."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
     options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {}) if options is None else options
     frames, height, width = grid
     rows, columns = (min(sizes) for sizes in zip(window, grid[1:])) if kind == "inward" else window
-    fill = -(tokens := math.prod(grid)) % 128  # in whole blocks, the kernel is a tenth faster
+    size, fill = options.get("BLOCK_M", 128), -(tokens := math.prod(grid)) % 128  # whole blocks are a tenth faster
 
     # A row and a column are one number, row * 2**14 + column, so that both are compared at once.
     def place(key):
@@ -122,18 +118,24 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=
             result.copy_(compiled(*parts, block_mask=block_mask, scale=scale, kernel_options=options)[:, :, :tokens])
         return attended
 
-    # Run eagerly, either of these would hold all N x N pairs, as PyTorch does without a word once it has compiled
-    # a function for 8 shapes. So fullgraph makes that an error, and the limit is put out of reach.
-    unlimited = torch._dynamo.config.patch(recompile_limit=2**16)
-    prepare = unlimited(torch.compile(create_block_mask, fullgraph=True))
-    compiled = unlimited(torch.compile(flex_attention, dynamic=False, fullgraph=True))
-    block_mask = prepare(visible, None, None, tokens + fill, tokens + fill, device, options.get("BLOCK_M", 128))
+    # Which blocks of tokens see one another? Those of whose positions some do, or all: then the mask need not be asked.
+    token = torch.arange(0, tokens + fill, size)[:, None] + torch.tensor([*range(0, size, frames), size - 1])
+    positions = token.clamp(max=tokens - 1).to(device) // frames  # (blocks, few)
+    some = every = inward_mask(height, width, window, kind).to(device)
+    for _ in range(2):  # queries, then keys
+        some, every = some[positions].any(1).T, every[positions].all(1).T
+    every[:, tokens // size :] = False  # what fills the last block is never seen
+    lists = (part[None, None].int() for blocks in (some & ~every, every)
+             for part in (blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True)))
+    block_mask = BlockMask.from_kv_blocks(*lists, size, visible)
+    # Run eagerly, it would hold all N x N pairs. Left to itself, PyTorch does that after 8 shapes, without a word.
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = torch._dynamo.config.patch(recompile_limit=2**16)(compiled)
     return torch.compiler.disable(attend, recursive=False)  # where blocks are compiled, it is not a part of them
 
 
 def attention_scale(head_dim, native_tokens):
-    """The refinement's self-attention scale, sqrt(log_n(2n) / head_dim), for n tokens per native frame: a little
-    sharper than 1 / sqrt(head_dim), as more tokens are seen than in training."""
+    """The refinement's self-attention scale, sqrt(log_n(2n) / head_dim), for n tokens per native frame."""
     return math.sqrt(math.log(2 * native_tokens, native_tokens) / head_dim)
 
 
@@ -297,13 +299,11 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
     attend_full = attend_window = partial(full_attention, scale=scale)
     if kind != "full":
         prepare = prepare or (flex_window if latents.is_cuda else grouped_window)
-        window = tuple(2 * (tokens // 2) + 1 for tokens in native)  # odd: 31 x 53 for 480p, whose frame has 30 x 52 tokens
+        window = tuple(2 * (tokens // 2) + 1 for tokens in native)  # odd: 31 x 53 for 480p, which has 30 x 52 tokens
         attend_window = prepare((frames, height // 2, width // 2), window, scale, kind, latents.device)
 
-    if state is None:
-        latents = solver.add_noise(latents, torch.randn(latents.shape, generator=generator).to(latents.device))
-    else:
-        latents = solver.resume(state)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    latents = solver.add_noise(latents, noise) if state is None else solver.resume(state)
     features = None if not (override and cache_interval) else {} if features is None else features
     if features is not None and solver.index % cache_interval:
         raise ValueError(f"state of step {solver.index} lacks the features that cache_interval {cache_interval} needs")

@@ -45,23 +45,39 @@ def test_feed_forward_in_pieces():
 @pytest.mark.parametrize("kind", ["inward", "clipped"])
 @pytest.mark.parametrize("grid, window", [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3)),
                                           ((4, 8, 8), (5, 5))])
-@pytest.mark.parametrize("options", [{}, freeswim.FLEX_OPTIONS["flash-attn-4"]])
+@pytest.mark.parametrize("options", [{}, freeswim.FLEX_OPTIONS[9], freeswim.FLEX_OPTIONS["flash-attn-4"]])
 def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
-    """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, the heads in groups, the filled
-    last block, and what is cut off again. tests/test_gpu.py has the true one."""
-
-    def create_block_mask(visible, batch, heads, tokens, keys, device, block):
-        index = torch.arange(tokens)
-        assert tokens == keys and tokens % block == 0 and (batch, heads, device) == (None, None, "cpu")
-        return visible(0, 0, index[:, None], index)
+    """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, its blocks (as PyTorch finds
+    them by looking at all pairs), the heads in groups, the filled last block, and what is cut off again.
+    tests/test_gpu.py has the true one."""
 
     def flex_attention(query, key, value, block_mask, scale, kernel_options):
         assert query.shape[1] <= 4 and query.is_contiguous() and kernel_options is options
-        attended = window_attention(query, key, value, block_mask, scale)
-        return torch.where(block_mask.any(-1)[:, None], attended, 0.0).float()
+        tokens, (size, _) = query.shape[2], block_mask.BLOCK_SIZE
+        assert tokens % size == 0 and tokens % 128 == 0
+        asked, every = (blocks_of(*lists, tokens // size).repeat_interleave(size, 0).repeat_interleave(size, 1)
+                        for lists in ((block_mask.kv_num_blocks, block_mask.kv_indices),
+                                      (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)))
+        index = torch.arange(tokens)
+        visible = block_mask.mask_mod(0, 0, index[:, None], index)
+        own = math.prod(grid) // size * size  # of what fills the last block, nobody wants to know
+        theirs = create_block_mask(block_mask.mask_mod, None, None, tokens, tokens, "cpu", size)
+        assert torch.equal(theirs.to_dense()[0, 0, : own // size], block_mask.to_dense()[0, 0, : own // size])
+        assert torch.equal(theirs.full_kv_num_blocks[0, 0, : own // size],
+                           block_mask.full_kv_num_blocks[0, 0, : own // size])
+        seen = asked & visible | every
+        assert torch.equal(seen[:own], visible[:own]) and not (asked & every).any()
+        attended = window_attention(query, key, value, seen, scale)
+        return torch.where(seen.any(-1)[:, None], attended, 0.0).float()
 
+    def blocks_of(counts, indices, number):
+        blocks = torch.zeros(number, number, dtype=torch.bool)
+        for row, (count, listed) in enumerate(zip(counts[0, 0], indices[0, 0])):
+            blocks[row, listed[:count].long()] = True
+        return blocks
+
+    create_block_mask = torch.nn.attention.flex_attention.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "create_block_mask", create_block_mask)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
     query, key, value = torch.randn(3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1))
     attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", options)(query, key, value)

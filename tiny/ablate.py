@@ -369,7 +369,8 @@ def main():
         (args.output / "table.md").write_text("\n".join(lines) + "\n")
 
     bases, judged = base_clips(args, models, scenes, batches)
-    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n" + native_table({name: settled(results) for name, results in judged.items()}))
+    judged = {name: settled(results) for name, results in judged.items()}
+    report(f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n" + native_table(judged))
     for scale in args.scales:
         truth, ceiling = true_clips(args, models, batches, scale)
         for strength, shift, guidance in itertools.product(args.strength, args.flow_shift, args.guidance):

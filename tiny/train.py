@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
 from support.fast import CompiledTransformer
@@ -76,16 +77,17 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     """
     file = args.work / f"{name}.pt"
     optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    average = {key: value.clone() for key, value in net.state_dict().items()}
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     step, seconds, saved = 0, 0.0, time.time()
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
-        average, step, seconds = state["average"], state["step"], state["seconds"]
+        average.load_state_dict(state["average"])
+        step, seconds = state["step"], state["seconds"]
 
     def save():
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict(),
                  "step": step, "seconds": seconds}
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -101,9 +103,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.998, 1 - 1 / (1 + 0.1 * step))
-        for key, value in net.state_dict().items():
-            average[key].lerp_(value, 1 - decay)
+        average.update_parameters(net)
         total = total + loss.detach()
         step, seconds = step + 1, seconds + time.time() - start
         if step % 100 == 0:
@@ -114,7 +114,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
             saved = time.time()
     if seconds > resumed_at:
         save()
-    net.load_state_dict(average)
+    net.load_state_dict(average.module.state_dict())
     return step
 
 
