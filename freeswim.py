@@ -122,8 +122,8 @@ def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=
     token = torch.arange(0, tokens + fill, size)[:, None] + torch.tensor([*range(0, size, frames), size - 1])
     positions = token.clamp(max=tokens - 1).to(device) // frames  # (blocks, few)
     some = every = inward_mask(height, width, window, kind).to(device)
-    for _ in range(2):  # queries, then keys
-        some, every = some[positions].any(1).T, every[positions].all(1).T
+    for _ in range(2):  # queries, then keys; contiguous, as the kernel reads the lists row after row in memory
+        some, every = some[positions].any(1).T.contiguous(), every[positions].all(1).T.contiguous()
     every[:, tokens // size :] = False  # what fills the last block is never seen
     lists = (part[None, None].int() for blocks in (some & ~every, every)
              for part in (blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True)))

@@ -1,6 +1,7 @@
 """What is faster, or takes less of a GPU's memory, gives the same numbers. On a CPU, the same code runs without its
 streams; tests/test_gpu.py runs it with them."""
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,26 +56,27 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
         assert query.shape[1] <= 4 and query.is_contiguous() and kernel_options is options
         tokens, (size, _) = query.shape[2], block_mask.BLOCK_SIZE
         assert tokens % size == 0 and tokens % 128 == 0
-        asked, every = (blocks_of(*lists, tokens // size).repeat_interleave(size, 0).repeat_interleave(size, 1)
-                        for lists in ((block_mask.kv_num_blocks, block_mask.kv_indices),
-                                      (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)))
         index = torch.arange(tokens)
         visible = block_mask.mask_mod(0, 0, index[:, None], index)
-        own = math.prod(grid) // size * size  # of what fills the last block, nobody wants to know
+        seen, own = torch.zeros(tokens, tokens, dtype=torch.bool), math.prod(grid) // size  # blocks without filling
         theirs = create_block_mask(block_mask.mask_mod, None, None, tokens, tokens, "cpu", size)
-        assert torch.equal(theirs.to_dense()[0, 0, : own // size], block_mask.to_dense()[0, 0, : own // size])
-        assert torch.equal(theirs.full_kv_num_blocks[0, 0, : own // size],
-                           block_mask.full_kv_num_blocks[0, 0, : own // size])
-        seen = asked & visible | every
-        assert torch.equal(seen[:own], visible[:own]) and not (asked & every).any()
+        assert block_mask.seq_lengths == theirs.seq_lengths
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            ours, expected = getattr(block_mask, name), getattr(theirs, name)
+            assert (ours.dtype, ours.shape, ours.stride()) == (expected.dtype, expected.shape, expected.stride())
+            assert torch.equal(ours[0, 0, :own], expected[0, 0, :own])
+        for row in range(tokens // size):
+            block = slice(row * size, (row + 1) * size)
+            for counts, indices, mask in (
+                    (block_mask.kv_num_blocks, block_mask.kv_indices, visible[block]),
+                    (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, visible[block] | True)):
+                for other in indices[0, 0, row, : counts[0, 0, row]].tolist():
+                    keys = slice(other * size, (other + 1) * size)
+                    seen[block, keys] = mask[:, keys]
+        real = math.prod(grid)
+        assert torch.equal(seen[:real], visible[:real])
         attended = window_attention(query, key, value, seen, scale)
         return torch.where(seen.any(-1)[:, None], attended, 0.0).float()
-
-    def blocks_of(counts, indices, number):
-        blocks = torch.zeros(number, number, dtype=torch.bool)
-        for row, (count, listed) in enumerate(zip(counts[0, 0], indices[0, 0])):
-            blocks[row, listed[:count].long()] = True
-        return blocks
 
     create_block_mask = torch.nn.attention.flex_attention.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -83,6 +85,18 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
     attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", options)(query, key, value)
     expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
     assert relative(attended, expected) <= 1e-6
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["inward", "clipped"])
+def test_the_true_flex_attention_on_a_cpu(kind):
+    """Compiled for a CPU, it reads the same lists of blocks as on a GPU."""
+    grid, window = (5, 12, 14), (5, 7)
+    query, key, value = torch.randn(3, 1, 2, math.prod(grid), 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", {"BLOCK_M": 64})(query, key, value)
+    expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
+    assert relative(attended, expected) <= 1e-5
 
 
 def test_without_flash_attention_a_line_says_so(monkeypatch, capsys):
