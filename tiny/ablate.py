@@ -255,7 +255,7 @@ def table(results, truth):
                  spread(np.array(column["sharpness"]) / truth["sharpness"], "{:.2f}"),
                  spread([frechet(inside, truth["inside"]) for _, inside in fifths], "{:.3f}"),
                  spread([frechet(border, truth["border"]) for border, _ in fifths], "{:.3f}"),
-                 f"{np.mean(column['seconds']):.2f}" if column["seconds"] else ""]
+                 f"{np.median(column['seconds']):.2f}" if column["seconds"] else ""]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -53,6 +54,7 @@ def parse_arguments():
     add("--output", type=Path, default=HERE, help="folder of the result (default: this one)")
     add("--start", type=Path, metavar="MODEL", help="folder of a model to begin with, such as this one")
     add("--vae-minutes", type=float, default=9)
+    add("--vae-learning-rate", type=float, default=2e-3, help="at its highest; less to go on from trained weights")
     add("--vae-batch", type=int, default=32, help="windows of 9 frames in a step")
     add("--clips", type=int, default=16000, help="of the native size; fewer of the larger ones")
     add("--minutes", type=float, default=6, help="of the transformer's training")
@@ -119,18 +121,22 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
 
 
 def vae_windows(args, generator, size=64):
-    """Windows of clips, (B, 3, 9, size, size): near a fish three times of four, magnified up to three times. Every
-    fourth time they are fewer and of all frames, for what the convolutions remember."""
+    """Windows of clips, (B, 3, 9, size, size): of ten, five near a fish and three near a bubble, magnified up to three
+    times. Every fourth time they are fewer and of all frames, for what the convolutions remember."""
     frames, count = 9, args.vae_batch
     if torch.rand(1, generator=generator) < 0.25:
         frames, count = args.frames, max(1, args.vae_batch * 9 // args.frames)
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(5, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    near_x = world.halfway(scenes, frames)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0]
-    near_y = scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0]
-    x = torch.where(u[4] < 0.75, near_x, u[2] * world.WIDTH) - size / 2 * pixel
-    y = torch.where(u[4] < 0.75, near_y, u[3]) - size / 2 * pixel
+    fish, bubble, within, half = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel, (frames - 1) / world.FPS / 2
+    scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
+    near_fish = (world.halfway(scenes, frames)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0],
+                 scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0])
+    near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
+                   scenes["bubble_y"][:, 0] - scenes["bubble_speed"][:, 0] * half + (u[3] - 0.5) * within)
+    x, y = (torch.where(fish, one, torch.where(bubble, other, anywhere)) - within for one, other, anywhere in zip(
+        near_fish, near_bubble, (u[2] * world.WIDTH, u[3])))
     x, y = x.clamp(min=0).minimum(world.WIDTH - size * pixel), y.clamp(min=0).minimum(1 - size * pixel)
     to = lambda part: part.to(args.device)  # noqa: E731
     return world.render({k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel)))
@@ -138,24 +144,31 @@ def vae_windows(args, generator, size=64):
 
 def vae_loss(vae, video):
     """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
-    normal."""
+    normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
     latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
     error = vae.decode_chunk(latents, {}).float() - video
+    around = F.avg_pool3d(video, (1, 9, 9), stride=1, padding=(0, 4, 4), count_include_pad=False)
+    weight = 1 + 8 * (video - around).abs().amax(1, keepdim=True)
+    weight = weight / weight.mean()
     space = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     time = error.diff(dim=2).abs().mean()
-    return error.abs().mean() + 2 * error.square().mean() + 0.5 * space + 0.25 * time + 3e-4 * divergence
+    pixels = (weight * (error.abs() + 2 * error.square())).mean()
+    return pixels + 0.5 * space + 0.25 * time + 3e-4 * divergence
 
 
 def reconstruction(vae, args, scale):
-    """PSNR in dB of held-out clips, and the clips beside their reconstructions, at a multiple of the native size."""
+    """Of held-out clips with bubbles, at a multiple of the native size: PSNR in dB, and the share of the bubbles'
+    contrast that is left."""
     scenes = world.sample_scenes(3, torch.Generator().manual_seed(10**6), args.frames)
     scenes = {key: value.to(args.device) for key, value in scenes.items()}
-    video = world.render(scenes, args.height * scale, args.width * scale, args.frames)
-    decoded = vae.decode(vae.encode(video))
-    return 10 * math.log10(4 / (decoded - video).square().mean().item())
+    without, video = (world.render(scenes | {"bubbles": torch.full_like(scenes["bubbles"], there)},
+                                   args.height * scale, args.width * scale, args.frames) for there in (0, 1))
+    decoded = vae.decode(vae.encode(video), tiled=False)
+    kept = ((decoded - without) * (video - without)).sum() / (video - without).square().sum()
+    return 10 * math.log10(4 / (decoded - video).square().mean().item()), kept.item()
 
 
 def close_ups(scenes, args, generator):
@@ -206,8 +219,10 @@ def train_vae(args, log):
         vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
     steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
-                  args.vae_minutes, 2e-3, args, log)
-    log(f"vae after {steps} steps: PSNR " + ", ".join(f"{s}x {reconstruction(vae, args, s):.2f} dB" for s in (1, 2)))
+                  args.vae_minutes, args.vae_learning_rate, args, log)
+    for scale in (1, 2):
+        psnr, kept = reconstruction(vae, args, scale)
+        log(f"vae after {steps} steps, at {scale} times the native size: PSNR {psnr:.2f} dB, bubbles at {kept:.0%}")
     return vae
 
 
