@@ -2,7 +2,7 @@
 
 Scenes that nobody chose a setting on give prompts; the bundled model makes a base clip of each and refines it in every
 way of METHODS; a detector counts the fish that are there against those that were asked for, and the detail is held
-against true clips, which the renderer can draw at any size. Writes table.md and, per setting, a picture and numbers.
+against true clips, which the renderer can draw at any size. Writes table.md and, per setting, pictures and numbers.
 """
 import argparse
 import itertools
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from freeswim import flex_window, generate, grouped_window, refine, upsample
@@ -225,13 +224,18 @@ def settled(results):
             for numbers in results]
 
 
+def share(values):
+    """Markdown: a share of clips, and the half of its 95% interval (Agresti and Coull's, honest near 0 and 1)."""
+    clips, guess = len(values) + 4, (sum(values) + 2) / (len(values) + 4)
+    return f"{np.mean(values):.1%} ± {1.96 * math.sqrt(guess * (1 - guess) / clips):.1%}"
+
+
 def native_table(judged):
     """Markdown: a line per kind of clips; `judged` is {name: list of dicts}."""
     lines = ["| | count right | colours right | direction right | pattern right |", "|---|---|---|---|---|"]
     for name, results in judged.items():
-        shares = [np.mean([result[column] for result in results])
-                  for column in ("count", "colours", "direction", "pattern")]
-        cells = [f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(results)):.1%}" for share in shares]
+        cells = [share([result[column] for result in results])
+                 for column in ("count", "colours", "direction", "pattern")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -249,8 +253,7 @@ def table(results, truth):
         column = {name: [result[name] for result in numbers if name in result] for name in (
             "fish too many", "count", "colours", "layout", "sharpness", "seconds")}
         fifths = [at_border(part.flatten(0, 1)) for part in features.chunk(5)]
-        cells = [spread(column["fish too many"], "{:.2f}"), spread(column["count"], "{:.0%}"),
-                 spread(column["colours"], "{:.0%}"),
+        cells = [spread(column["fish too many"], "{:.2f}"), share(column["count"]), share(column["colours"]),
                  spread(column["layout"], "{:.1f}") if column["layout"] else "",
                  spread(np.array(column["sharpness"]) / truth["sharpness"], "{:.2f}"),
                  spread([frechet(inside, truth["inside"]) for _, inside in fifths], "{:.3f}"),
@@ -340,7 +343,6 @@ def refined_clips(args, models, scenes, bases, scale, settings):
             numbers, features = measure(models, videos[method], part, base)
             results[method].append(([number | {"seconds": seconds} for number in numbers], features))
         if not pictures:
-            videos["true clip"] = render(rows_of(scenes, 0, 6), scale, models.device)
             pictures = [{name: [media.to_frame(video[row : row + 1], 8)] for name, video in videos.items()}
                         for row in range(min(6, len(base)))]
     return results, pictures
@@ -382,8 +384,8 @@ def main():
             report(f"\nAt {scale} times the native size, strength {strength}, flow shift {shift}, guidance {guidance}, "
                    f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n\n" + table(joined, truth))
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
-            sheet = [np.asarray(media.comparison(methods)) for methods in pictures]
-            Image.fromarray(np.concatenate(sheet, axis=1)).save(args.output / f"{name}.png")
+            for row, methods in enumerate(pictures):
+                media.comparison(methods).save(args.output / f"{name}-{row}.png")
             (args.output / f"{name}.json").write_text(json.dumps({key: value[0] for key, value in joined.items()}))
 
 
