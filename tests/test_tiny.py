@@ -1,6 +1,10 @@
-"""The aquarium and the model that learned it: scenes, captions, the detector that counts fish, the weights."""
+"""The aquarium and the model that learned it: scenes, captions, the detector that counts fish, the weights.
+
+With other weights, `python tests/test_tiny.py` records again what a short run with them gives."""
+import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from oracle import relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from freeswim import generate
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from freeswim import generate, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from sample import PRESETS
 from tiny import world
 from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
 
 TINY = Path(__file__).parent.parent / "tiny"
+RECORDED = Path(__file__).parent / "reference" / "tiny.safetensors"
 PROMPTS = [f"a large {colour} plain fish swims right above a sandy floor" for colour in world.COLOURS]
 
 
@@ -33,6 +39,11 @@ def vae():
 
 @pytest.fixture(scope="module")
 def text():
+    return embeddings()
+
+
+def embeddings():
+    """Of the prompts, and of the empty one."""
     encoder = TextEncoder.from_pretrained(TINY / "text_encoder")
     return encode_prompt(encoder, load_tokenizer(TINY / "tokenizer", PRESETS[240].text_length), [*PROMPTS, ""])
 
@@ -131,6 +142,29 @@ def test_it_is_small():
         assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(file).values())
 
 
+def test_the_card_tells_which_weights_these_are():
+    card = (TINY / "README.md").read_text()
+    for file in TINY.rglob("*.safetensors"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in card
+
+
+@torch.no_grad()
+def short_run(transformer, vae, text):
+    """A base clip of 5 frames in 4 steps, and 3 steps of its refinement at one and a half times the size."""
+    settings = dict(guidance=3.5, flow_shift=3.0, generator=torch.Generator().manual_seed(0))
+    base = generate(transformer, text[:1], text[-1:], (1, 16, 2, 16, 24), steps=4, **settings)
+    clean = vae.encode(upsample(vae.decode(base), 192, 288), tiled=False)
+    refined = refine(transformer, clean, text[:1], text[-1:], native=(8, 12), steps=6, strength=0.5, cache_interval=2,
+                     **settings)
+    return {"base": base, "refined": refined}
+
+
+def test_a_short_run_gives_the_recorded_latents(transformer, vae, text):
+    latents, recorded = short_run(transformer, vae, text), load_file(RECORDED)
+    assert relative(latents["base"], recorded["base"]) <= 1e-3
+    assert relative(latents["refined"], recorded["refined"]) <= 1e-3
+
+
 @torch.no_grad()
 def test_diffusers_and_transformers_read_it_as_we_do(transformer, vae, text):
     draw = torch.Generator().manual_seed(0)
@@ -173,3 +207,8 @@ def test_a_prompted_fish_has_its_colour(transformer, vae, text):
     share = ((frame[:, None] - palette).norm(dim=2) < 0.25).float().mean((2, 3))  # of the pixels: prompts x colours
     right = share.argmax(dim=1) == torch.arange(count)
     assert right.sum() >= count - 1 and (share.amax(1) > 0.01).all(), share  # this first version may miss one
+
+
+if __name__ == "__main__":
+    models = (cls.from_pretrained(TINY / part) for cls, part in ((WanTransformer, "transformer"), (WanVAE, "vae")))
+    save_file(short_run(*models, embeddings()), RECORDED)
