@@ -1,5 +1,5 @@
-"""What test_parallel.py runs: `torchrun --nproc-per-node N tests/ranks.py`. Every rank first does all the work alone,
-then its share of it, and compares."""
+"""What test_parallel.py runs: `torchrun --nproc-per-node N tests/ranks.py DEVICE`. Every rank first does all the work
+alone, then its share of it, and compares: on a CPU through Gloo, on GPUs (`cuda`) through NCCL."""
 import math
 import sys
 from pathlib import Path
@@ -17,13 +17,16 @@ from support import parallel
 
 def main():
     parallel.start()
-    ranks = dist.get_world_size()
+    device, ranks = parallel.device_of(sys.argv[1]), dist.get_world_size()
+    torch.backends.cudnn.allow_tf32 = False
     for name, interval in (("wide", 2), ("odd", None)):
         folder, case = REFERENCE / name / "transformer", load(name)
+        case.transformer.to(device)
+        case.expected = {key: value.to(device) for key, value in case.expected.items()}
         expected = refined(case, cache_interval=interval)
         whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
         for shard in (False, True):
-            case.transformer = parallel.SharedTransformer.from_pretrained(folder, shard=shard)
+            case.transformer = parallel.SharedTransformer.from_pretrained(folder, device, shard=shard)
             seen = []
             case.transformer.blocks[0].ffn.register_forward_hook(
                 lambda module, inputs, output: seen.append(inputs[0].shape[1]))
@@ -31,26 +34,27 @@ def main():
             assert max(seen) <= -(-math.prod(case.meta["grid"]) // ranks)  # only its own tokens
         steps = len(case.meta["timesteps"])
         attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
-        assert traded(lambda: refined(case, cache_interval=interval)) == attentions * formula(case.transformer, case.meta)
+        sent = traded(lambda: refined(case, cache_interval=interval))
+        assert sent == attentions * formula(case.transformer, case.meta)
         sent = count_collectives(lambda: [block.eps for block in case.transformer.blocks])
         assert sent == 0  # nobody talks because somebody looks at the blocks
         for block in case.transformer.blocks:
             block.reshard()
         own = sum(parameter.to_local().numel() for parameter in case.transformer.blocks.parameters())
         assert own <= 1.2 * whole / ranks + 1000  # only its share of the weights
-        exact = parallel.SharedTransformer.from_pretrained(folder, dtype=torch.bfloat16)
-        case.transformer = parallel.SharedTransformer.from_pretrained(folder, dtype=torch.bfloat16, shard=True)
+        exact = parallel.SharedTransformer.from_pretrained(folder, device, torch.bfloat16)
+        case.transformer = parallel.SharedTransformer.from_pretrained(folder, device, torch.bfloat16, shard=True)
         low = refined(case, cache_interval=interval)
         case.transformer = exact
         assert relative(low, refined(case, cache_interval=interval)) <= 1e-5  # spread weights are the same weights
 
     torch.manual_seed(0)
     config = {**exact.config, "num_attention_heads": 5, "attention_head_dim": 12}  # heads that cannot be shared evenly
-    alone, shared = WanTransformer(config).eval(), parallel.SharedTransformer(config).eval()
+    alone, shared = (cls(config).eval().to(device) for cls in (WanTransformer, parallel.SharedTransformer))
     shared.load_state_dict(alone.state_dict())
     folder = REFERENCE / "wide" / "vae"
-    text, negative = torch.randn(2, 2, 7, config["text_dim"])
-    video = upsample(torch.rand(1, 3, 5, 40, 48) * 2 - 1, 264, 400)
+    text, negative = torch.randn(2, 2, 7, config["text_dim"]).to(device)
+    video = upsample(torch.rand(1, 3, 5, 40, 48).to(device) * 2 - 1, 264, 400)
 
     def results(transformer, vae):
         draw = torch.Generator().manual_seed(1)
@@ -58,16 +62,16 @@ def main():
         latents = vae.encode(video)
         return base, latents, vae.decode(latents)
 
-    expected = results(alone, WanVAE.from_pretrained(folder))
-    for result, one in zip(results(shared, parallel.SharedVAE.from_pretrained(folder)), expected, strict=True):
+    expected = results(alone, WanVAE.from_pretrained(folder, device))
+    for result, one in zip(results(shared, parallel.SharedVAE.from_pretrained(folder, device)), expected, strict=True):
         assert relative(result, one) <= 1e-5
     print(f"rank {dist.get_rank()} of {ranks} agrees")
     dist.destroy_process_group()
 
 
 def formula(transformer, meta):
-    """Bytes that all ranks together send for one self-attention in every block: query, key, value and the result, but for
-    what each has already: of its tokens, its heads. README.md projects from it what more GPUs would give."""
+    """Bytes that all ranks together send for one self-attention in every block: query, key, value and the result, but
+    for what each has already: of its tokens, its heads. README.md projects from it what more GPUs would give."""
     tokens, heads, ranks = math.prod(meta["grid"]), transformer.heads, dist.get_world_size()
     own = sum(len(mine) * len(its) for mine, its in zip(torch.arange(tokens).tensor_split(ranks),
                                                         torch.arange(heads).tensor_split(ranks)))
@@ -94,7 +98,7 @@ def count_collectives(function):
     """How many collective operations a function starts."""
     with torch.profiler.profile() as profile:
         function()
-    return sum("gloo:" in event.name for event in profile.events())
+    return sum("gloo:" in event.name or "nccl:" in event.name for event in profile.events())
 
 
 if __name__ == "__main__":

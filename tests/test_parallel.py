@@ -1,4 +1,4 @@
-"""Several processes give what one gives. They run under torchrun, on the CPU."""
+"""Several processes give what one gives. They run under torchrun, on the CPU, and on all GPUs that there are."""
 import os
 import signal
 import subprocess
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from command import ROOT, SMALL, latents, run_here
 from oracle import relative
 from safetensors.torch import load_file
@@ -30,9 +31,11 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_agree_with_one(ranks):
-    output = finish(torchrun(ranks, ROOT / "tests" / "ranks.py"))
+@pytest.mark.parametrize("device, ranks", [("cpu", 2), ("cpu", 3), ("cuda", torch.cuda.device_count())])
+def test_ranks_agree_with_one(device, ranks):
+    if ranks == 0:
+        pytest.skip("needs a CUDA device")
+    output = finish(torchrun(ranks, ROOT / "tests" / "ranks.py", device))
     assert all(f"rank {rank} of {ranks} agrees" in output for rank in range(ranks))
 
 
