@@ -302,8 +302,8 @@ def refine(transformer, latents, text, negative, *, native, steps=50, strength=0
         window = tuple(2 * (tokens // 2) + 1 for tokens in native)  # odd: 31 x 53 for 480p, which has 30 x 52 tokens
         attend_window = prepare((frames, height // 2, width // 2), window, scale, kind, latents.device)
 
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    latents = solver.add_noise(latents, noise) if state is None else solver.resume(state)
+    latents = solver.resume(state) if state is not None else solver.add_noise(
+        latents, torch.randn(latents.shape, generator=generator).to(latents.device))
     features = None if not (override and cache_interval) else {} if features is None else features
     if features is not None and solver.index % cache_interval:
         raise ValueError(f"state of step {solver.index} lacks the features that cache_interval {cache_interval} needs")

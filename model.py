@@ -49,7 +49,7 @@ def rotary_table(grid, head_dim, device):
 def rotate(x, rotary):
     """Rotate neighbouring channel pairs of `x`, (B, N, heads, head_dim), by the angles of its position; in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, heads, head_dim / 2, 2)
-    if torch.compiler.is_compiling():  # compilers fuse real numbers only; else, complex ones take a single pass
+    if torch.compiler.is_compiling():  # compilers fuse real numbers (not a stack of them); else, complex is one pass
         cos, sin = (part.unsqueeze(-1) for part in rotary)
         return (pairs * cos + pairs.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2).to(x.dtype)
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*rotary)).flatten(-2).to(x.dtype)
@@ -91,7 +91,7 @@ class Block(nn.Module):
         """The tokens after self-attention."""
         shift, scale, gate = (self.table + modulation).chunk(6, dim=1)[:3]  # (B, 1, D) each
         x = modulate(tokens, shift, scale, self.eps)
-        return (gate * self.self_attn(x, x, attend, rotary) + tokens.float()).to(tokens.dtype)
+        return (gate * self.self_attn(x, x, attend, rotary) + tokens.float()).to(tokens.dtype)  # cast last: it is large
 
     def cross_attention(self, tokens, text):
         """What the text, (B, L, D), adds to the tokens: the output itself, (B, N, D), not yet added."""

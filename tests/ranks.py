@@ -36,8 +36,8 @@ def main():
         attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
         sent = traded(lambda: refined(case, cache_interval=interval))
         assert sent == attentions * formula(case.transformer, case.meta)
-        sent = count_collectives(lambda: [block.eps for block in case.transformer.blocks])
-        assert sent == 0  # nobody talks because somebody looks at the blocks
+        started = count_collectives(lambda: [block.eps for block in case.transformer.blocks])
+        assert started == 0  # nobody talks because somebody looks at the blocks
         for block in case.transformer.blocks:
             block.reshard()
         own = sum(parameter.to_local().numel() for parameter in case.transformer.blocks.parameters())

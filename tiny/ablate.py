@@ -75,8 +75,11 @@ def find_fish(frames):
     def grow(mask, size):
         return F.max_pool2d(mask, size, stride=1, padding=size // 2)
 
-    mask = -grow(-grow(coloured[:, None].float(), 9), 9)  # white stripes, spots and eyes are closed,
-    mask = grow(-grow(-mask, 3), 3)[:, 0] > 0.5  # specks removed
+    def close(mask):  # over white stripes, spots and eyes
+        return -grow(-grow(mask.float(), 9), 9)
+
+    mask = close(coloured[:, None])
+    mask = grow(-grow(-mask, 3), 3)[:, 0] > 0.5  # without specks
     labels, found = blobs(mask), []
     for n in range(len(frames)):
         fish = []
@@ -86,13 +89,12 @@ def find_fish(frames):
                 continue
             share = torch.bincount(colour[n][part & coloured[n]], minlength=len(world.COLOURS)).float()
             share = share / share.sum().clamp(min=1)
-            several = (share > 0.12).nonzero().flatten().tolist()
-            for index in several:  # two fish that touch are two
+            colours = (share > 0.12).nonzero().flatten().tolist()
+            for index in colours:  # two fish that touch are two
                 own = part & coloured[n] & (colour[n] == index)
                 x = own.nonzero()[:, 1].float().mean().item()
-                closed = -grow(-grow(own[None].float(), 9), 9)[0] > 0.5
-                fish.append({"colour": list(world.COLOURS)[index], "x": x,
-                             "mask": closed if len(several) > 1 else part})
+                whole = part if len(colours) == 1 else close(own[None])[0] > 0.5
+                fish.append({"colour": list(world.COLOURS)[index], "x": x, "mask": whole})
         found.append(fish)
     return found
 
@@ -201,21 +203,24 @@ def decode(vae, latents):
     return torch.cat([vae.decode(clip, tiled=False) for clip in latents.split(4)])
 
 
+def detail(video):
+    """Of clips (B, 3, F, H, W) in [-1, 1], in three frames: sharpness, B numbers, and the features of patches."""
+    frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
+    return [sharpness(clip).mean().item() for clip in frames], torch.stack([patch_features(clip) for clip in frames])
+
+
 def measure(models, video, scenes, base=None):
     """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches. What the detector
     says is under "verdict", as a promise: other processes look while the next clips are made."""
-    frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
-    results, features, seen = [], [], looked_at(video).cpu().numpy()
+    (sharp, features), results, seen = detail(video), [], looked_at(video).cpu().numpy()
     for row, clip in enumerate(video):
-        result = {"verdict": models.judges.submit(judge, seen[row], asked_for(scenes, row)),
-                  "sharpness": sharpness(frames[row]).mean().item()}
+        result = {"verdict": models.judges.submit(judge, seen[row], asked_for(scenes, row)), "sharpness": sharp[row]}
         if base is not None:
             small = [F.interpolate(v.transpose(0, 1), (NATIVE.height // 2, NATIVE.width // 2), mode="area")
                      for v in (clip, base[row])]
             result["layout"] = -10 * math.log10((small[0] - small[1]).square().mean().item() / 4)
         results.append(result)
-        features.append(patch_features(frames[row]))
-    return results, torch.stack(features)
+    return results, features
 
 
 def settled(results):
@@ -313,11 +318,10 @@ def true_clips(args, models, batches, scale):
     for start, end in batches:
         part = rows_of(scenes, start, end)
         video = render(part, scale, models.device)
-        truth.append(measure(models, video, part))
+        truth.append(detail(video))
         ceiling.append(measure(models, decode(models.vae, encode(models.vae, video)), part))
     border, inside = at_border(torch.cat([features for _, features in truth]).flatten(0, 1))
-    sharp = np.mean([result["sharpness"] for results, _ in truth for result in results])
-    return {"sharpness": sharp, "border": border, "inside": inside}, ceiling
+    return {"sharpness": np.mean(sum((sharp for sharp, _ in truth), [])), "border": border, "inside": inside}, ceiling
 
 
 def refined_clips(args, models, scenes, bases, scale, settings):

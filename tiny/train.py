@@ -129,12 +129,13 @@ def vae_windows(args, generator, size=64):
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(5, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    fish, bubble, within, half = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel, (frames - 1) / world.FPS / 2
+    fish, bubble, within = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
     near_fish = (world.halfway(scenes, frames)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0],
                  scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0])
+    rise = scenes["bubble_speed"][:, 0] * world.half_time(frames)
     near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
-                   scenes["bubble_y"][:, 0] - scenes["bubble_speed"][:, 0] * half + (u[3] - 0.5) * within)
+                   scenes["bubble_y"][:, 0] - rise + (u[3] - 0.5) * within)
     x, y = (torch.where(fish, one, torch.where(bubble, other, anywhere)) - within for one, other, anywhere in zip(
         near_fish, near_bubble, (u[2] * world.WIDTH, u[3])))
     x, y = x.clamp(min=0).minimum(world.WIDTH - size * pixel), y.clamp(min=0).minimum(1 - size * pixel)

@@ -45,7 +45,7 @@ def sample_scenes(count, generator, frames=17):
     alone = uniform(0.03, 0.80, FISH).clamp(min=0.24 * length, max=0.82 - 0.22 * length)
     return {
         "fish": 1 + two.long(), "colour": colour, "pattern": choice(len(PATTERNS), FISH), "length": length,
-        "direction": direction, "speed": speed, "x": middle - direction * speed * (frames - 1) / FPS / 2,
+        "direction": direction, "speed": speed, "x": middle - direction * speed * half_time(frames),
         "y": torch.where(two[:, None], above, alone), "wag": uniform(9, 13, FISH), "phase": uniform(0, 6.28, FISH),
         "floor": uniform(0.82, 0.90), "dune": uniform(0, 6.28), "light": uniform(-1, 1), "ray": uniform(0, 6.28),
         "seaweed": choice(2), "blade_x": uniform(0.05, 1.45, BLADES), "blade_height": uniform(0.25, 0.5, BLADES),
@@ -55,9 +55,14 @@ def sample_scenes(count, generator, frames=17):
     }
 
 
+def half_time(frames):
+    """The middle of a clip, in seconds."""
+    return (frames - 1) / FPS / 2
+
+
 def halfway(scenes, frames):
     """Where the fish are half-way through a clip: x, (B, 2)."""
-    return scenes["x"] + scenes["direction"] * scenes["speed"] * (frames - 1) / FPS / 2
+    return scenes["x"] + scenes["direction"] * scenes["speed"] * half_time(frames)
 
 
 def captions(scenes, window=None, shape=None, frames=17):
@@ -67,7 +72,7 @@ def captions(scenes, window=None, shape=None, frames=17):
         zero, shape = torch.zeros(len(scenes["x"])), (1, WIDTH)
         window = zero, zero, zero + 1
     scenes = {key: value.tolist() for key, value in (scenes | {"middle": halfway(scenes, frames)}).items()}
-    half, result = (frames - 1) / FPS / 2, []
+    half, result = half_time(frames), []
     for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window))):
         scene, height, width = {key: value[row] for key, value in scenes.items()}, shape[0] * pixel, shape[1] * pixel
 
