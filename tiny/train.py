@@ -56,7 +56,7 @@ def parse_arguments():
     add("--vae-minutes", type=float, default=9)
     add("--vae-learning-rate", type=float, default=2e-3, help="at its highest; less to go on from trained weights")
     add("--vae-batch", type=int, default=32, help="windows of 9 frames in a step")
-    add("--clips", type=int, default=16000, help="of the native size; fewer of the larger ones")
+    add("--clips", type=int, default=40000, help="as many as fit the pixels of this many of the native size")
     add("--minutes", type=float, default=6, help="of the transformer's training")
     add("--batch", type=int, default=192, help="clips of the native size in a step; fewer of the larger ones")
     add("--learning-rate", type=float, default=1e-3, help="of the transformer, at its highest")
@@ -73,38 +73,47 @@ def schedule(progress, step, warmup=100):
 
 
 def train(name, net, loss_of, minutes, learning_rate, args, log):
-    """Run AdamW on `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
+    """Minimise `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
 
-    Returns the number of steps. `net` ends with the exponential moving average of its weights.
+    Returns the number of steps. `net` ends with the exponential moving average of its weights. The matrices of the
+    transformer's blocks are trained by Muon (https://kellerjordan.github.io/posts/muon), all else by AdamW.
     """
     file = args.work / f"{name}.pt"
-    optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    matrices, others = [], []
+    for key, weight in net.named_parameters():
+        (matrices if "transformer.blocks" in key and weight.ndim == 2 else others).append(weight)
+    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, learning_rate, weight_decay=0.01,
+                                           adjust_lr_fn="match_rms_adamw"))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     step, seconds, saved = 0, 0.0, time.time()
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved_state)
         average.load_state_dict(state["average"])
         step, seconds = state["step"], state["seconds"]
 
     def save():
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict(),
-                 "step": step, "seconds": seconds}
+        state = {"net": net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                 "average": average.state_dict(), "step": step, "seconds": seconds}
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
     total, resumed_at = 0.0, seconds
     while seconds < 60 * minutes:
         start = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update_parameters(net)
         total = total + loss.detach()
         step, seconds = step + 1, seconds + time.time() - start
@@ -190,7 +199,7 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
     if not file.is_file():
         shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
         generator, parts = torch.Generator().manual_seed(int(10 * scale) + 77 * (shown == "close-up")), []
-        for _ in range(math.ceil(args.clips * SETS[shown, scale] / count)):
+        for _ in range(math.ceil(args.clips * SETS[shown, scale] / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
             window = close_ups(scenes, args, generator) if shown == "close-up" else None
             text = world.captions(scenes, window, shape, args.frames)
