@@ -195,7 +195,7 @@ def test_the_vae_gives_back_a_clip_that_it_never_saw(vae):
     scenes = world.sample_scenes(1, torch.Generator().manual_seed(10**6 + 1))
     video = world.render(scenes, 128, 192)
     error = (vae.decode(vae.encode(video)) - video).square().mean()
-    assert 10 * math.log10(4 / error) >= 30  # dB
+    assert 10 * math.log10(4 / error) >= 33  # dB
 
 
 def test_a_prompted_fish_has_its_colour(transformer, vae, text):
@@ -206,7 +206,7 @@ def test_a_prompted_fish_has_its_colour(transformer, vae, text):
     palette = torch.tensor(list(world.COLOURS.values())).view(1, -1, 3, 1, 1)
     share = ((frame[:, None] - palette).norm(dim=2) < 0.25).float().mean((2, 3))  # of the pixels: prompts x colours
     right = share.argmax(dim=1) == torch.arange(count)
-    assert right.sum() >= count - 1 and (share.amax(1) > 0.01).all(), share  # this first version may miss one
+    assert right.all() and (share.amax(1) > 0.01).all(), share
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from freeswim import flex_window, generate, grouped_window, refine, upsample
@@ -389,7 +390,9 @@ def main():
                    f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n\n" + table(joined, truth))
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
             for row, methods in enumerate(pictures):
-                media.comparison(methods).save(args.output / f"{name}-{row}.png")
+                strips = np.split(np.asarray(media.comparison(methods)), len(methods))  # a frame, and a part enlarged,
+                columns = [np.concatenate(np.split(strip, 2, axis=1)) for strip in strips]  # now one above the other
+                Image.fromarray(np.concatenate(columns, axis=1)).save(args.output / f"{name}-{row}.png")
             (args.output / f"{name}.json").write_text(json.dumps({key: value[0] for key, value in joined.items()}))
 
 
