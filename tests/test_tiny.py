@@ -21,6 +21,7 @@ from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_token
 from sample import PRESETS
 from tiny import world
 from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
+from tiny.train import Muon
 
 TINY = Path(__file__).parent.parent / "tiny"
 RECORDED = Path(__file__).parent / "reference" / "tiny.safetensors"
@@ -133,6 +134,21 @@ def test_distances_of_detail():
     assert sharpness(frames) > 3 * sharpness(F.avg_pool2d(frames, 3, 1, 1))
     border, inside = at_border(patch_features(frames))
     assert len(inside) == 3 * 7 and len(border) == 7 * 11 - 3 * 7
+
+
+def test_muon_for_many_matrices_is_muon_for_each():
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) for shape in ((16, 16), (16, 16), (48, 16), (16, 48))]
+    ours, theirs = ([part.clone().requires_grad_() for part in start] for _ in range(2))
+    settings = {"lr": 1e-2, "weight_decay": 0.01}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            one.grad = other.grad = torch.randn(one.shape, generator=draw)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, before in zip(ours, theirs, start):  # in bfloat16, that is
+        assert relative(one.detach() - before, other.detach() - before) <= 1e-2
 
 
 def test_it_is_small():

@@ -72,11 +72,45 @@ def schedule(progress, step, warmup=100):
     return min(1, (step + 1) / warmup) * (1 if progress < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1)))
 
 
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once: one after the other,
+    80 small ones took longer than all the rest of a step. (https://kellerjordan.github.io/posts/muon)"""
+
+    def __init__(self, matrices, lr, weight_decay=0.01, momentum=0.95):
+        shapes = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": alike} for alike in shapes.values()]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, rate, momentum = group["params"], group["lr"], group["momentum"]
+            gradient = torch.stack([matrix.grad for matrix in matrices])
+            average = self.state[matrices[0]].setdefault("average", torch.zeros_like(gradient))
+            average.lerp_(gradient, 1 - momentum)
+            update = orthogonal(gradient.lerp(average, momentum))
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update), alpha=-rate * 0.2 * math.sqrt(max(update.shape[1:])))
+
+
+def orthogonal(matrices):
+    """Matrices (N, rows, columns) with singular values near 1, by five Newton-Schulz steps in bfloat16."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
 def train(name, net, loss_of, minutes, learning_rate, args, log):
     """Minimise `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
 
     Returns the number of steps. `net` ends with the exponential moving average of its weights. The matrices of the
-    transformer's blocks are trained by Muon (https://kellerjordan.github.io/posts/muon), all else by AdamW.
+    transformer's blocks are trained by Muon, all else by AdamW.
     """
     file = args.work / f"{name}.pt"
     matrices, others = [], []
@@ -84,8 +118,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         (matrices if "transformer.blocks" in key and weight.ndim == 2 else others).append(weight)
     optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, learning_rate, weight_decay=0.01,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, learning_rate))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     step, seconds, saved = 0, 0.0, time.time()
     if file.is_file():
@@ -105,8 +138,8 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     total, resumed_at = 0.0, seconds
     while seconds < 60 * minutes:
         start = time.time()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             loss = loss_of(step)
         net.zero_grad(set_to_none=True)
