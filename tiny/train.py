@@ -138,8 +138,9 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     total, resumed_at = 0.0, seconds
     while seconds < 60 * minutes:
         start = time.time()
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             loss = loss_of(step)
         net.zero_grad(set_to_none=True)
