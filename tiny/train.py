@@ -4,17 +4,21 @@ Three stages, each bounded by minutes or clips and each resumed from FOLDER when
 bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
 then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
 earlier run. The result is written into this folder in Diffusers layout, in bfloat16. It trains model.py's own classes.
-Every number is logged to FOLDER/log.txt.
+Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N -m tiny.train --work FOLDER`:
+each makes as many clips, and batches as large, and their gradients are averaged.
 """
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
@@ -22,6 +26,7 @@ from support.fast import CompiledTransformer
 from tiny import world
 
 HERE = Path(__file__).parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 5,
     "attention_head_dim": 48, "num_layers": 8, "ffn_dim": 960, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
@@ -106,6 +111,20 @@ def orthogonal(matrices):
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def same(tensor):
+    """The first process's, in all of them."""
+    if RANKS > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def average_gradients(net):
+    gradients = [weight.grad for weight in net.parameters()]
+    joined = parameters_to_vector(gradients)
+    dist.all_reduce(joined)
+    vector_to_parameters(joined / RANKS, gradients)
+
+
 def train(name, net, loss_of, minutes, learning_rate, args, log):
     """Minimise `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
 
@@ -113,6 +132,8 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     transformer's blocks are trained by Muon, all else by AdamW.
     """
     file = args.work / f"{name}.pt"
+    for weight in net.parameters():
+        same(weight.data)
     matrices, others = [], []
     for key, weight in net.named_parameters():
         (matrices if "transformer.blocks" in key and weight.ndim == 2 else others).append(weight)
@@ -120,14 +141,14 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     if matrices:
         optimizers.append(Muon(matrices, learning_rate))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    step, seconds, saved = 0, 0.0, time.time()
+    step, before = 0, 0.0  # seconds of an earlier run
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved_state)
         average.load_state_dict(state["average"])
-        step, seconds = state["step"], state["seconds"]
+        step, before = state["step"], state["seconds"]
 
     def save():
         state = {"net": net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -135,30 +156,33 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
-    total, resumed_at = 0.0, seconds
-    while seconds < 60 * minutes:
-        start = time.time()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
+    total, began, saved = 0.0, time.time(), time.time()
+    while True:
+        if step % 20 == 0:  # all processes look at one clock, and end together
+            clock = torch.tensor(before + time.time() - began, dtype=torch.float64, device=args.device)
+            seconds = same(clock).item()
+            if seconds >= 60 * minutes:
+                break
+            for group in sum((optimizer.param_groups for optimizer in optimizers), []):
                 group["lr"] = learning_rate * schedule(seconds / (60 * minutes), step)
+            if time.time() - saved > 120:
+                save()
+                saved = time.time()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             loss = loss_of(step)
         net.zero_grad(set_to_none=True)
         loss.backward()
+        if RANKS > 1:
+            average_gradients(net)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         average.update_parameters(net)
-        total = total + loss.detach()
-        step, seconds = step + 1, seconds + time.time() - start
+        total, step = total + loss.detach(), step + 1
         if step % 100 == 0:
-            log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {seconds / 60:.1f}")
+            log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {(before + time.time() - began) / 60:.1f}")
             total = 0.0
-        if time.time() - saved > 120:
-            save()
-            saved = time.time()
-    if seconds > resumed_at:
-        save()
+    save()
     net.load_state_dict(average.module.state_dict())
     return step
 
@@ -188,13 +212,15 @@ def vae_windows(args, generator, size=64):
 
 def vae_loss(vae, video):
     """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
-    normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost."""
+    normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost.
+    So does the first frame, which has no past to be made from."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
     latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
     error = vae.decode_chunk(latents, {}).float() - video
     around = F.avg_pool3d(video, (1, 9, 9), stride=1, padding=(0, 4, 4), count_include_pad=False)
     weight = 1 + 8 * (video - around).abs().amax(1, keepdim=True)
+    weight = torch.cat([4 * weight[:, :, :1], weight[:, :, 1:]], dim=2)
     weight = weight / weight.mean()
     space = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
@@ -232,7 +258,8 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
     file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
         shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
-        generator, parts = torch.Generator().manual_seed(int(10 * scale) + 77 * (shown == "close-up")), []
+        generator, parts = torch.Generator().manual_seed(
+            int(10 * scale) + 77 * (shown == "close-up") + 1000 * RANK), []
         for _ in range(math.ceil(args.clips * SETS[shown, scale] / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
             window = close_ups(scenes, args, generator) if shown == "close-up" else None
@@ -262,8 +289,11 @@ def train_vae(args, log):
         vae = WanVAE(VAE)
         vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
-    steps = train("vae", vae, lambda step: vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(step))),
-                  args.vae_minutes, args.vae_learning_rate, args, log)
+
+    def loss_of(step):
+        return vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(RANKS * step + RANK)))
+
+    steps = train("vae", vae, loss_of, args.vae_minutes, args.vae_learning_rate, args, log)
     for scale in (1, 2):
         psnr, kept = reconstruction(vae, args, scale)
         log(f"vae after {steps} steps, at {scale} times the native size: PSNR {psnr:.2f} dB, bubbles at {kept:.0%}")
@@ -293,11 +323,12 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
             nets[name].load_state_dict(net.state_dict())
     nets.to(args.device)
     empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
-    firsts = []  # of the first latent frame, the loss apart: what it shows has no past
+    kinds = torch.Generator().manual_seed(0)  # in all processes the same kind of clips, which takes equally long
+    firsts = []  # of the first latent frame, the loss apart
 
     def flow_loss(step):
         """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
-        shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1).item()]
+        shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()]
         clips, ids, masks = sets[shown, scale]
         count = max(1, int(args.batch / scale**2))
         pick = torch.randint(len(clips), (count,), device=args.device)
@@ -310,11 +341,12 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         noise = torch.randn_like(clean)
         velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
         error = (velocity - (noise - clean)).square()
-        firsts.append(error[:, :, 0].detach().mean())
+        first, later = error[:, :, 0].mean(), error[:, :, 1:].mean()
+        firsts.append(first.detach())
         if len(firsts) == 500:
             log(f"transformer step {step + 1}, first frame: loss {torch.stack(firsts).mean().item():.4f}")
             firsts.clear()
-        return error.mean()
+        return (2 * first + 4 * later) / 6  # the first is twice as important: it alone is a frame of its own
 
     train("transformer", nets, flow_loss, args.minutes, args.learning_rate, args, log)
     return nets
@@ -322,14 +354,21 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
 
 def main():
     args = parse_arguments()
+    if RANKS > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if RANK > 0:  # its state, log and result are as the first's, or nobody's concern
+        args.work = args.output = args.work / f"process {RANK}"
     args.work.mkdir(parents=True, exist_ok=True)
 
     def log(line):
-        print(line, flush=True)
+        if RANK == 0:
+            print(line, flush=True)
         with open(args.work / "log.txt", "a") as file:
             file.write(line + "\n")
 
-    torch.manual_seed(0)
+    torch.manual_seed(RANK)
     vae = train_vae(args, log)
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
@@ -339,7 +378,7 @@ def main():
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:
         whole = sets["scene", 1][0].float()
-        mean, std = whole.mean((0, 2, 3, 4)), whole.std((0, 2, 3, 4))
+        mean, std = same(whole.mean((0, 2, 3, 4))), same(whole.std((0, 2, 3, 4)))
     text_config = {**TEXT, "vocab_size": words}
     nets = train_transformer(sets, mean, std, tokenizer, text_config, args, log)
 
@@ -352,6 +391,8 @@ def main():
         "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
     }, indent=1) + "\n")
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
