@@ -4,8 +4,9 @@ Three stages, each bounded by minutes or clips and each resumed from FOLDER when
 bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
 then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
 earlier run. The result is written into this folder in Diffusers layout, in bfloat16. It trains model.py's own classes.
-Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N -m tiny.train --work FOLDER`:
-each makes as many clips, and batches as large, and their gradients are averaged.
+Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N -m -- tiny.train --work FOLDER`
+(with the `--`, or torchrun takes `--start` for its own): each makes as many clips and as large batches, and gradients
+are averaged.
 """
 import argparse
 import json
@@ -22,11 +23,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
+from support import parallel
 from support.fast import CompiledTransformer
 from tiny import world
 
 HERE = Path(__file__).parent
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
+RANK, RANKS = parallel.rank(), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 5,
     "attention_head_dim": 48, "num_layers": 8, "ffn_dim": 960, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
@@ -141,7 +143,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     if matrices:
         optimizers.append(Muon(matrices, learning_rate))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    step, before = 0, 0.0  # seconds of an earlier run
+    step, before = 0, 0.0  # seconds of earlier runs
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
@@ -156,11 +158,10 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
-    total, began, saved = 0.0, time.time(), time.time()
+    total, resumed_at, began, saved = 0.0, step, time.time(), time.time()
     while True:
         if step % 20 == 0:  # all processes look at one clock, and end together
-            clock = torch.tensor(before + time.time() - began, dtype=torch.float64, device=args.device)
-            seconds = same(clock).item()
+            seconds = parallel.from_first(lambda: before + time.time() - began)
             if seconds >= 60 * minutes:
                 break
             for group in sum((optimizer.param_groups for optimizer in optimizers), []):
@@ -182,7 +183,8 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         if step % 100 == 0:
             log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {(before + time.time() - began) / 60:.1f}")
             total = 0.0
-    save()
+    if step > resumed_at:
+        save()
     net.load_state_dict(average.module.state_dict())
     return step
 
@@ -354,10 +356,8 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
 
 def main():
     args = parse_arguments()
-    if RANKS > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    parallel.start()
+    args.device = str(parallel.device_of(args.device))
     if RANK > 0:  # its state, log and result are as the first's, or nobody's concern
         args.work = args.output = args.work / f"process {RANK}"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -391,7 +391,7 @@ def main():
         "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
     }, indent=1) + "\n")
-    if RANKS > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
