@@ -4,6 +4,7 @@ Every process (rank) runs the solver, but its blocks only on its share of the to
 them: before it, an all-to-all trades tokens for heads, and after it another one trades back (DeepSpeed-Ulysses, arXiv
 2309.14509), so that the attention, whichever it is, sees all tokens of its heads. Shares need not be equal.
 """
+import atexit
 import math
 import os
 from collections import deque
@@ -116,8 +117,8 @@ def rank():
 def start():
     """Join the others, if torchrun has started several. They wait for one another as long as it takes."""
     if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=30))
+        atexit.register(dist.destroy_process_group)  # or its threads may abort a process that ends before the others
 
 
 def device_of(name):
@@ -131,11 +132,10 @@ def from_first(compute):
     """What `compute` gives in the first process, in every process. If it fails there, all end, and the first tells."""
     if not dist.is_initialized():
         return compute()
-    outcome = [None, None]  # result, error
     try:
-        outcome[0] = compute() if rank() == 0 else None
+        outcome = [compute() if rank() == 0 else None, None]  # result, error
     except Exception as error:
-        outcome[1] = error
+        outcome = [None, error]
     dist.broadcast_object_list(outcome, device="cpu")
     if outcome[1] is not None:
         raise outcome[1] if rank() == 0 else SystemExit(2)

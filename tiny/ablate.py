@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from freeswim import flex_window, generate, grouped_window, refine, upsample
+from freeswim import dense_window, generate, grouped_window, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from sample import PRESETS
 from support import media
@@ -363,7 +363,7 @@ def main():
         tokenizer=load_tokenizer(args.model / "tokenizer", NATIVE.text_length),
         transformer=WanTransformer.from_pretrained(args.model / "transformer", device, dtype),
         vae=WanVAE.from_pretrained(args.model / "vae", device),
-        prepare=cache(flex_window if device.type == "cuda" else grouped_window),  # one window for all clips
+        prepare=cache(dense_window if device.type == "cuda" else grouped_window),  # of so few tokens, a mask is faster
         judges=ProcessPoolExecutor(max(1, os.cpu_count() - 1), multiprocessing.get_context("spawn"),
                                    torch.set_num_threads, (1,)))
     scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(SEEDS[args.scenes]), NATIVE.frames)

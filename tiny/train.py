@@ -9,6 +9,7 @@ Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per
 are averaged.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from freeswim import upsample
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
 from support import parallel
 from support.fast import CompiledTransformer
@@ -62,7 +64,7 @@ def parse_arguments():
     add("--start", type=Path, metavar="MODEL", help="folder of a model to begin with, such as this one")
     add("--vae-minutes", type=float, default=9)
     add("--vae-learning-rate", type=float, default=2e-3, help="at its highest; less to go on from trained weights")
-    add("--vae-batch", type=int, default=32, help="windows of 9 frames in a step")
+    add("--vae-batch", type=int, default=16, help="windows in a step")
     add("--clips", type=int, default=40000, help="as many as fit the pixels of this many of the native size")
     add("--minutes", type=float, default=6, help="of the transformer's training")
     add("--batch", type=int, default=192, help="clips of the native size in a step; fewer of the larger ones")
@@ -190,17 +192,16 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
 
 
 def vae_windows(args, generator, size=64):
-    """Windows of clips, (B, 3, 9, size, size): of ten, five near a fish and three near a bubble, magnified up to three
-    times. Every fourth time they are fewer and of all frames, for what the convolutions remember."""
-    frames, count = 9, args.vae_batch
-    if torch.rand(1, generator=generator) < 0.25:
-        frames, count = args.frames, max(1, args.vae_batch * 9 // args.frames)
+    """Windows of clips, (B, 3, F, size, size): of ten, five near a fish and three near a bubble, magnified up to three
+    times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong near the end."""
+    frames, count = args.frames, args.vae_batch
     scenes = world.sample_scenes(count, generator, frames)
-    u = torch.rand(5, count, generator=generator)
+    u = torch.rand(6, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
     fish, bubble, within = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
-    near_fish = (world.halfway(scenes, frames)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0],
+    swum = scenes["direction"] * scenes["speed"] * 2 * world.half_time(frames) * u[5][:, None]  # till any time
+    near_fish = ((scenes["x"] + swum)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0],
                  scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0])
     rise = scenes["bubble_speed"][:, 0] * world.half_time(frames)
     near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
@@ -212,13 +213,26 @@ def vae_windows(args, generator, size=64):
     return world.render({k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel)))
 
 
-def vae_loss(vae, video):
+def blurred(video, generator):
+    """What the VAE meets in a refinement, of clips (B, 3, F, H, W): as if they had been made at a half or a third of
+    their size and resized bilinearly, with colours that are a little off here and there."""
+    parts = 2 + torch.randint(0, 2, (1,), generator=generator).item()
+    frames, (height, width) = video.transpose(1, 2).flatten(0, 1), video.shape[-2:]
+    small = F.interpolate(frames, (height // parts, width // parts), mode="area")
+    smooth = upsample(small.unflatten(0, (len(video), -1)).transpose(1, 2), height, width)
+    off = 0.15 * torch.rand(len(video), 1, 1, 1, 1, generator=generator) * torch.randn(
+        len(video), 3, 3, 5, 5, generator=generator)
+    return (smooth + F.interpolate(off.to(video), video.shape[2:], mode="trilinear")).clamp(-1, 1)
+
+
+def vae_loss(vae, video, kept=None):
     """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
     normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost.
-    So does the first frame, which has no past to be made from."""
+    So does the first frame, which has no past to be made from. Latents are decoded with some noise, as a transformer's
+    are not exact either. With the VAE `kept`, the second half of the clips keeps the latents that it gives."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
-    latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    latents = mean + torch.randn_like(mean) * (0.05 + (0.5 * logvar).exp())
     error = vae.decode_chunk(latents, {}).float() - video
     around = F.avg_pool3d(video, (1, 9, 9), stride=1, padding=(0, 4, 4), count_include_pad=False)
     weight = 1 + 8 * (video - around).abs().amax(1, keepdim=True)
@@ -228,7 +242,13 @@ def vae_loss(vae, video):
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     time = error.diff(dim=2).abs().mean()
     pixels = (weight * (error.abs() + 2 * error.square())).mean()
-    return pixels + 0.5 * space + 0.25 * time + 3e-4 * divergence
+    loss = pixels + 0.5 * space + 0.25 * time + 3e-4 * divergence
+    if kept is None:
+        return loss
+    half = len(video) // 2
+    with torch.no_grad():
+        before = kept.encode_chunk(video[half:], {}).float().chunk(2, dim=1)[0]
+    return loss + (mean[half:] - before).square().mean()
 
 
 def reconstruction(vae, args, scale):
@@ -292,8 +312,13 @@ def train_vae(args, log):
         vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
 
+    kept = copy.deepcopy(vae).requires_grad_(False) if args.start else None  # what a transformer has learned to make
+
     def loss_of(step):
-        return vae_loss(vae, vae_windows(args, torch.Generator().manual_seed(RANKS * step + RANK)))
+        generator = torch.Generator().manual_seed(RANKS * step + RANK)
+        video = vae_windows(args, generator)
+        part = math.ceil(len(video) / 4)
+        return vae_loss(vae, torch.cat([blurred(video[:part], generator), video[part:]]), kept)
 
     steps = train("vae", vae, loss_of, args.vae_minutes, args.vae_learning_rate, args, log)
     for scale in (1, 2):
@@ -373,8 +398,8 @@ def main():
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS}
-    if args.start and args.vae_minutes == 0:  # its VAE is kept
+    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS if args.minutes > 0}
+    if args.start:  # its latents are kept
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:
         whole = sets["scene", 1][0].float()
@@ -391,8 +416,6 @@ def main():
         "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
     }, indent=1) + "\n")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

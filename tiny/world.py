@@ -17,7 +17,7 @@ COLOURS = {
     "purple": (0.52, 0.20, 0.78),
 }
 PATTERNS = ("plain", "striped", "spotted")
-WIDTH, FPS, FISH, BLADES, BUBBLES = 1.5, 16, 2, 3, 4
+WIDTH, FPS, FISH, BLADES, BUBBLES = 1.5, 16, 2, 3, 3
 WORDS = "a two large small fish swims swim left right and above a sandy floor with seaweed bubbles".split()
 
 
@@ -29,6 +29,9 @@ def sample_scenes(count, generator, frames=17):
 
     def choice(options, *shape):
         return torch.randint(0, options, (count, *shape), generator=generator)
+
+    def apart(things):  # along the floor, so that none hides another
+        return (torch.arange(things) + uniform(0.2, 0.8, things)) * WIDTH / things
 
     colour = choice(len(COLOURS), FISH)
     colour[:, 1] = (colour[:, 0] + 1 + choice(len(COLOURS) - 1)) % len(COLOURS)
@@ -46,11 +49,11 @@ def sample_scenes(count, generator, frames=17):
     return {
         "fish": 1 + two.long(), "colour": colour, "pattern": choice(len(PATTERNS), FISH), "length": length,
         "direction": direction, "speed": speed, "x": middle - direction * speed * half_time(frames),
-        "y": torch.where(two[:, None], above, alone), "wag": uniform(9, 13, FISH), "phase": uniform(0, 6.28, FISH),
+        "y": torch.where(two[:, None], above, alone), "wag": uniform(5, 8, FISH), "phase": uniform(0, 6.28, FISH),
         "floor": uniform(0.82, 0.90), "dune": uniform(0, 6.28), "light": uniform(-1, 1), "ray": uniform(0, 6.28),
-        "seaweed": choice(2), "blade_x": uniform(0.05, 1.45, BLADES), "blade_height": uniform(0.25, 0.5, BLADES),
-        "blade_phase": uniform(0, 6.28, BLADES), "bubbles": choice(2), "bubble_x": uniform(0.05, 1.45, BUBBLES),
-        "bubble_y": uniform(0.3, 0.95, BUBBLES), "bubble_radius": uniform(0.02, 0.035, BUBBLES),
+        "seaweed": choice(2), "blade_x": apart(BLADES), "blade_height": uniform(0.25, 0.5, BLADES),
+        "blade_phase": uniform(0, 6.28, BLADES), "bubbles": choice(2), "bubble_x": apart(BUBBLES),
+        "bubble_y": uniform(0.3, 0.75, BUBBLES), "bubble_radius": uniform(0.03, 0.05, BUBBLES),
         "bubble_speed": uniform(0.12, 0.25, BUBBLES),
     }
 
@@ -159,6 +162,16 @@ def render(scenes, height, width, frames=17, window=None):
         blade = torch.maximum(blade, of("floor") + 0.03 - h - y) + 9.0 * (of("seaweed") == 0)
         picture = paint(picture, [0.08 + 0.06 * up, 0.42 + 0.2 * up, 0.16 + 0 * up], blade, pixel)
 
+    for one in range(BUBBLES):
+        r, away = of("bubble_radius", one), 9.0 * (of("bubbles") == 0)
+        dx = x - of("bubble_x", one) - 0.008 * torch.sin(5 * t + 9 * of("bubble_x", one))
+        dy = y - of("bubble_y", one) + of("bubble_speed", one) * t
+        ball = torch.sqrt(dx * dx + dy * dy + 1e-9) - r + away
+        glint = torch.sqrt((dx + 0.3 * r) ** 2 + (dy + 0.3 * r) ** 2 + 1e-9) - 0.25 * r + away
+        picture = paint(picture, (0.80, 0.92, 0.97), ball, pixel)
+        picture = paint(picture, (0.55, 0.80, 0.94), ball + 0.25 * r, pixel)
+        picture = paint(picture, (0.95, 0.98, 1.00), glint, pixel)
+
     surface = of("floor") + 0.012 * torch.sin(5.1 * x + of("dune"))
     depth = y - surface
     ripple = 1 - 0.9 * depth + 0.05 * torch.sin(60 * depth + 2 * torch.sin(7 * x + of("dune")))
@@ -170,14 +183,6 @@ def render(scenes, height, width, frames=17, window=None):
         there = 9.0 * (of("fish") <= one)
         picture = draw_fish(picture, base, {name: of(name, one) for name in (
             "x", "y", "length", "direction", "speed", "wag", "phase", "pattern")}, x, y, t, pixel, there)
-
-    for one in range(BUBBLES):
-        r = of("bubble_radius", one)
-        dx = x - of("bubble_x", one) - 0.008 * torch.sin(5 * t + 9 * of("bubble_x", one))
-        dy = y - of("bubble_y", one) + of("bubble_speed", one) * t
-        rim = (torch.sqrt(dx * dx + dy * dy + 1e-9) - 0.85 * r).abs() - 0.15 * r + 9.0 * (of("bubbles") == 0)
-        glint = torch.sqrt((dx + 0.3 * r) ** 2 + (dy + 0.3 * r) ** 2 + 1e-9) - 0.2 * r + 9.0 * (of("bubbles") == 0)
-        picture = paint(picture, (0.80, 0.92, 0.97), torch.minimum(rim, glint), pixel)
     return torch.stack([part.expand(-1, frames, -1, -1) for part in picture], dim=1).clamp(0, 1) * 2 - 1
 
 
