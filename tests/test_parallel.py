@@ -1,4 +1,5 @@
 """Several processes give what one gives. They run under torchrun, on the CPU, and on all GPUs that there are."""
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ def torchrun(ranks, *command):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
          *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -98,3 +99,19 @@ def environment(pid):
     """A running process's environment variables."""
     entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_two_train_one_model(tmp_path):
+    """With clips of their own, they end with the same weights; the latents mean what they meant at the start."""
+    finish(torchrun(2, "-m", "--", "tiny.train", "--start", ROOT / "tiny", "--work", tmp_path, "--output",
+                    tmp_path / "model", "--device", "cpu", "--height", "64", "--width", "96", "--frames", "5",
+                    "--vae-batch", "1", "--vae-minutes", "0.01", "--clips", "8", "--batch", "2", "--minutes", "0.01"))
+    before, one, other = ROOT / "tiny", tmp_path / "model", tmp_path / "process 1"
+    for part in ("vae", "text_encoder", "transformer"):
+        start, first, second = (
+            next((folder / part).glob("*.safetensors")).read_bytes() for folder in (before, one, other))
+        assert first == second != start
+    statistics = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (before, one)]
+    assert statistics[0] == statistics[1]
+    clips = [torch.load(folder / "clips-scene-1.pt")[0] for folder in (tmp_path, other)]
+    assert not torch.equal(*clips)

@@ -3,7 +3,8 @@
 Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is repeated with larger
 bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
 then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
-earlier run. The result is written into this folder in Diffusers layout, in bfloat16. It trains model.py's own classes.
+earlier run, and what its latents mean stays. The result is written into this folder in Diffusers layout, in bfloat16.
+It trains model.py's own classes.
 Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N -m -- tiny.train --work FOLDER`
 (with the `--`, or torchrun takes `--start` for its own): each makes as many clips and as large batches, and gradients
 are averaged.
