@@ -117,7 +117,7 @@ def rank():
 def start():
     """Join the others, if torchrun has started several. They wait for one another as long as it takes."""
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=30))
+        dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available(), timeout=timedelta(days=30))
         atexit.register(dist.destroy_process_group)  # or its threads may abort a process that ends before the others
 
 

@@ -4,10 +4,9 @@ Three stages, each bounded by minutes or clips and each resumed from FOLDER when
 bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
 then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
 earlier run, and what its latents mean stays. The result is written into this folder in Diffusers layout, in bfloat16.
-It trains model.py's own classes.
-Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N -m -- tiny.train --work FOLDER`
-(with the `--`, or torchrun takes `--start` for its own): each makes as many clips and as large batches, and gradients
-are averaged.
+It trains model.py's own classes. Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node
+N -m -- tiny.train --work FOLDER` (with the `--`, or torchrun takes `--start` for its own): each makes as many clips and
+as large batches, and gradients are averaged.
 """
 import argparse
 import copy
@@ -201,8 +200,8 @@ def vae_windows(args, generator, size=64):
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
     fish, bubble, within = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
-    swum = scenes["direction"] * scenes["speed"] * 2 * world.half_time(frames) * u[5][:, None]  # till any time
-    near_fish = ((scenes["x"] + swum)[:, 0] + (u[2] - 0.5) * scenes["length"][:, 0],
+    fish_x = world.fish_x(scenes, 2 * world.half_time(frames) * u[5][:, None])[:, 0]  # at any time
+    near_fish = (fish_x + (u[2] - 0.5) * scenes["length"][:, 0],
                  scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0])
     rise = scenes["bubble_speed"][:, 0] * world.half_time(frames)
     near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
@@ -269,7 +268,7 @@ def close_ups(scenes, args, generator):
     u = torch.rand(5, len(scenes["x"]), generator=generator)
     pixel = 3 ** -(0.1 + 0.9 * u[0]) / args.height
     near, width, height = u[1] < 0.6, args.width * pixel, args.height * pixel
-    fish_x = world.halfway(scenes, args.frames)[:, 0]
+    fish_x = world.fish_x(scenes, world.half_time(args.frames))[:, 0]
     x = torch.where(near, fish_x + (u[2] - 0.5) * width, u[3] * world.WIDTH) - width / 2
     y = torch.where(near, scenes["y"][:, 0] + (u[4] - 0.5) * height, u[4]) - height / 2
     return x.clamp(min=0).minimum(world.WIDTH - width), y.clamp(min=0).minimum(1 - height), pixel
@@ -312,7 +311,6 @@ def train_vae(args, log):
         vae = WanVAE(VAE)
         vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
-
     kept = copy.deepcopy(vae).requires_grad_(False) if args.start else None  # what a transformer has learned to make
 
     def loss_of(step):
@@ -399,7 +397,7 @@ def main():
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS if args.minutes > 0}
+    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS if args.minutes > 0 or not args.start}
     if args.start:  # its latents are kept
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:

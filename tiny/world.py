@@ -63,9 +63,9 @@ def half_time(frames):
     return (frames - 1) / FPS / 2
 
 
-def halfway(scenes, frames):
-    """Where the fish are half-way through a clip: x, (B, 2)."""
-    return scenes["x"] + scenes["direction"] * scenes["speed"] * half_time(frames)
+def fish_x(scenes, seconds):
+    """Where the fish are at a time, a number or one for each scene, (B, 1): x, (B, 2)."""
+    return scenes["x"] + scenes["direction"] * scenes["speed"] * seconds
 
 
 def captions(scenes, window=None, shape=None, frames=17):
@@ -74,8 +74,8 @@ def captions(scenes, window=None, shape=None, frames=17):
     if window is None:  # all of it, as one pixel high
         zero, shape = torch.zeros(len(scenes["x"])), (1, WIDTH)
         window = zero, zero, zero + 1
-    scenes = {key: value.tolist() for key, value in (scenes | {"middle": halfway(scenes, frames)}).items()}
     half, result = half_time(frames), []
+    scenes = {key: value.tolist() for key, value in (scenes | {"middle": fish_x(scenes, half)}).items()}
     for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window))):
         scene, height, width = {key: value[row] for key, value in scenes.items()}, shape[0] * pixel, shape[1] * pixel
 
