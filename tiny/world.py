@@ -46,16 +46,34 @@ def sample_scenes(count, generator, frames=17):
     above = torch.cat([gaps[:, :1] + 0.22 * length[:, :1],
                        gaps[:, 1:] + 0.44 * length[:, :1] + 0.22 * length[:, 1:]], dim=1)
     alone = uniform(0.03, 0.80, FISH).clamp(min=0.24 * length, max=0.82 - 0.22 * length)
-    return {
+    scenes = {
         "fish": 1 + two.long(), "colour": colour, "pattern": choice(len(PATTERNS), FISH), "length": length,
         "direction": direction, "speed": speed, "x": middle - direction * speed * half_time(frames),
         "y": torch.where(two[:, None], above, alone), "wag": uniform(5, 8, FISH), "phase": uniform(0, 6.28, FISH),
         "floor": uniform(0.82, 0.90), "dune": uniform(0, 6.28), "light": uniform(-1, 1), "ray": uniform(0, 6.28),
         "seaweed": choice(2), "blade_x": apart(BLADES), "blade_height": uniform(0.25, 0.5, BLADES),
-        "blade_phase": uniform(0, 6.28, BLADES), "bubbles": choice(2), "bubble_x": apart(BUBBLES),
-        "bubble_y": uniform(0.3, 0.75, BUBBLES), "bubble_radius": uniform(0.03, 0.05, BUBBLES),
+        "blade_phase": uniform(0, 6.28, BLADES), "bubbles": choice(2), "bubble_radius": uniform(0.03, 0.05, BUBBLES),
         "bubble_speed": uniform(0.12, 0.25, BUBBLES),
     }
+    # A bubble rises where it meets no fish, or is not there: half hidden, it would be too hard for a tiny model.
+    tries = [torch.stack([apart(BUBBLES), uniform(0.2, 0.75, BUBBLES)], dim=-1) for _ in range(6)]
+    clear = torch.stack([meets_no_fish(scenes, *place.unbind(-1), frames) for place in tries])
+    first = clear.long().argmax(0, keepdim=True)[..., None].expand(-1, -1, -1, 2)
+    scenes["bubble_x"], scenes["bubble_y"] = torch.stack(tries).gather(0, first)[0].unbind(-1)
+    scenes["bubble_y"] = torch.where(clear.any(0), scenes["bubble_y"], -1.0)
+    return scenes
+
+
+def meets_no_fish(scenes, x, y, frames):
+    """Whether bubbles that begin at `x` and `y`, (B, BUBBLES) each, keep clear of the box that each fish swims in."""
+    clear = torch.ones_like(x, dtype=torch.bool)
+    for seconds in (0, half_time(frames), 2 * half_time(frames)):
+        for one in range(FISH):
+            length = scenes["length"][:, one, None]
+            across = (x - fish_x(scenes, seconds)[:, one, None]).abs() - 0.55 * length - 0.06
+            along = (y - scenes["bubble_speed"] * seconds - scenes["y"][:, one, None]).abs() - 0.32 * length - 0.06
+            clear &= (torch.maximum(across, along) > 0) | (scenes["fish"][:, None] <= one)
+    return clear
 
 
 def half_time(frames):
