@@ -61,6 +61,16 @@ def test_a_scene_is_the_same_at_every_size():
     assert (part - large[..., 48:96, 96:160]).abs().max() < 1e-3
 
 
+def test_bubbles_rise_where_no_fish_is():
+    scenes = world.sample_scenes(60, torch.Generator().manual_seed(2))
+    none, there = torch.zeros(60, dtype=torch.long), torch.ones(60, dtype=torch.long)
+    water, bubbles, fish = (world.render(scenes | {"seaweed": none} | change, 64, 96) for change in (
+        {"fish": none, "bubbles": none}, {"fish": none, "bubbles": there}, {"bubbles": none}))
+    bubbles, fish = ((clip - water).abs().amax(1) > 0.05 for clip in (bubbles, fish))
+    assert (bubbles.flatten(1).any(1).float().mean() > 0.9) and fish.flatten(1).any(1).all()
+    assert not (bubbles & fish).any()
+
+
 def test_captions_say_what_is_there():
     scenes = world.sample_scenes(50, torch.Generator().manual_seed(0))
     for row, caption in enumerate(world.captions(scenes)):
