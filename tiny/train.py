@@ -195,8 +195,9 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
 
 
 def vae_windows(args, generator, size=64):
-    """Windows of clips, (B, 3, F, size, size): of ten, five near a fish and three near a bubble, magnified up to three
-    times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong near the end."""
+    """Windows of clips, (B, 3, F, size, size): of ten, five near a fish and three near a bubble, if it is there,
+    magnified up to three times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong
+    near the end."""
     frames, count = args.frames, args.vae_batch
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(6, count, generator=generator)
@@ -304,7 +305,8 @@ def write(net, config, folder, name):
 def train_vae(args, log):
     if args.start:  # its encoder stays, so that a transformer that learned from its latents still fits
         vae = WanVAE.from_pretrained(args.start / "vae")
-        vae.post_quant_conv.requires_grad_(), vae.decoder.requires_grad_()
+        for part in (vae.post_quant_conv, vae.decoder):
+            part.requires_grad_()
     else:
         vae = WanVAE(VAE)
         vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through

@@ -56,24 +56,26 @@ def sample_scenes(count, generator, frames=17):
         "bubble_speed": uniform(0.12, 0.25, BUBBLES),
     }
     # A bubble rises where it meets no fish, or is not there: half hidden, it would be too hard for a tiny model.
-    tries = [torch.stack([apart(BUBBLES), uniform(0.2, 0.75, BUBBLES)], dim=-1) for _ in range(6)]
-    clear = torch.stack([meets_no_fish(scenes, *place.unbind(-1), frames) for place in tries])
-    first = clear.long().argmax(0, keepdim=True)[..., None].expand(-1, -1, -1, 2)
-    scenes["bubble_x"], scenes["bubble_y"] = torch.stack(tries).gather(0, first)[0].unbind(-1)
-    scenes["bubble_y"] = torch.where(clear.any(0), scenes["bubble_y"], -1.0)
+    scenes["bubble_x"], scenes["bubble_y"] = torch.zeros(count, BUBBLES), -torch.ones(count, BUBBLES)  # above the water
+    for _ in range(6):
+        x, y = apart(BUBBLES), uniform(0.2, 0.75, BUBBLES)
+        found = (scenes["bubble_y"] < 0) & meets_no_fish(scenes, x, y, frames)
+        scenes["bubble_x"] = torch.where(found, x, scenes["bubble_x"])
+        scenes["bubble_y"] = torch.where(found, y, scenes["bubble_y"])
     return scenes
 
 
 def meets_no_fish(scenes, x, y, frames):
     """Whether bubbles that begin at `x` and `y`, (B, BUBBLES) each, keep clear of the box that each fish swims in."""
-    clear = torch.ones_like(x, dtype=torch.bool)
+    x, y, speed = x[..., None], y[..., None], scenes["bubble_speed"][..., None]
+    fish_y, length = scenes["y"][:, None], scenes["length"][:, None]
+    clear = torch.ones(len(x), BUBBLES, FISH, dtype=torch.bool)
     for seconds in (0, half_time(frames), 2 * half_time(frames)):
-        for one in range(FISH):
-            length = scenes["length"][:, one, None]
-            across = (x - fish_x(scenes, seconds)[:, one, None]).abs() - 0.55 * length - 0.06
-            along = (y - scenes["bubble_speed"] * seconds - scenes["y"][:, one, None]).abs() - 0.32 * length - 0.06
-            clear &= (torch.maximum(across, along) > 0) | (scenes["fish"][:, None] <= one)
-    return clear
+        across = (x - fish_x(scenes, seconds)[:, None]).abs() - 0.55 * length - 0.06
+        along = (y - speed * seconds - fish_y).abs() - 0.32 * length - 0.06
+        clear &= torch.maximum(across, along) > 0
+    absent = torch.arange(FISH) >= scenes["fish"][:, None, None]
+    return (clear | absent).all(-1)
 
 
 def half_time(frames):
