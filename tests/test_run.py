@@ -87,7 +87,8 @@ def test_an_input_is_never_overwritten(finished, copy):
         if not file.exists():
             file.symlink_to(copy / "base.mp4")
         with refused(file, "would be overwritten"):
-            run_here("--model", finished / "model", "--output", copy, "--base-video", file, "--frames", 5, "--overwrite")
+            run_here("--model", finished / "model", "--output", copy, "--base-video", file, "--frames", 5,
+                     "--overwrite")
     assert (copy / "base.mp4").read_bytes() == clip
 
 

@@ -24,7 +24,8 @@ from support import checks, media
 @pytest.fixture(scope="session")
 def first_run(checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "output"
-    status, text, errors = run("--model", checkpoint, "--output", output, *SMALL, "--prompt", "a red shark", "--compare")
+    status, text, errors = run(
+        "--model", checkpoint, "--output", output, *SMALL, "--prompt", "a red shark", "--compare")
     assert status == 0, errors
     return output, text, "\n".join(errors)
 
@@ -409,8 +410,9 @@ def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
     assert imageio.imread(tmp_path / "run" / "freeswim.png").shape == (256, 384, 3)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.write_bytes(b""), lambda file: file.write_text("hi\n" * 99),
-                                  lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))])
+@pytest.mark.parametrize("make", [
+    os.mkfifo, lambda file: file.write_bytes(b""), lambda file: file.write_text("hi\n" * 99),
+    lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))])
 def test_what_is_no_clip_is_refused(tmp_path, make):
     make(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match="clip.mp4: (is|cannot)"):

@@ -186,7 +186,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         average.update_parameters(net)
         total, step = total + loss.detach(), step + 1
         if step % 100 == 0:
-            log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {(before + time.time() - began) / 60:.1f}")
+            log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {seconds / 60:.1f}")
             total = 0.0
     if step > resumed_at:
         save()
