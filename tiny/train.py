@@ -1,7 +1,7 @@
 """Train the bundled model from nothing but world.py: `python -m tiny.train --work FOLDER`.
 
 Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is repeated with larger
-bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and close-ups;
+bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and windows;
 then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
 earlier run, and what its latents mean stays. The result is written into this folder in Diffusers layout, in bfloat16.
 It trains model.py's own classes. Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node
@@ -49,13 +49,15 @@ TEXT = {
     "torch_dtype": "bfloat16",
 }
 TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
-# What clips show, at which multiple of the native size, and their share of the transformer's batches. Wan was trained
-# at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window of a
-# large frame is a close-up: a model that never saw any puts a floor and a fish into every window.
-SETS = {("scene", 1): 0.4, ("close-up", 1): 0.35, ("scene", 1.5): 0.1, ("scene", 2): 0.15}
+# What is seen, of scenes at which multiple of the native size, and its share of the transformer's batches. Wan was
+# trained at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window
+# of a large frame is a close-up: a model that never saw any puts a floor and a fish into every window.
+SETS = {("scene", 1): 0.35, ("scene", 1.5): 0.1, ("scene", 2): 0.15, ("scene", 3): 0.05,
+        ("window", 1.5): 0.05, ("window", 2): 0.1, ("window", 3): 0.05, ("part", 2): 0.1, ("part", 3): 0.05}
 # What noise, before the flow shift. A refinement of the paper's strength begins at 0.7; above it, where the places of
-# fish are decided, close-ups would teach base clips to cut fish off at the border, or to show one more there.
-HIGHEST = {"scene": 1.0, "close-up": 0.75}
+# fish are decided, windows would teach base clips to cut fish off at the border, or to show one more there. Parts have
+# the whole scene's caption, as a refinement's windows do: for details, not for what is where.
+HIGHEST = {"scene": 1.0, "window": 0.75, "part": 0.4}
 
 
 def parse_arguments():
@@ -261,36 +263,42 @@ def reconstruction(vae, args, scale):
     return 10 * math.log10(4 / (decoded - video).square().mean().item()), kept.item()
 
 
-def close_ups(scenes, args, generator):
-    """Windows of scenes, as `world.render` takes them: magnified 1.1 to 3 times, six of ten near a fish."""
-    u = torch.rand(5, len(scenes["x"]), generator=generator)
-    pixel = 3 ** -(0.1 + 0.9 * u[0]) / args.height
-    near, width, height = u[1] < 0.6, args.width * pixel, args.height * pixel
-    fish_x = world.fish_x(scenes, world.half_time(args.frames))[:, 0]
-    x = torch.where(near, fish_x + (u[2] - 0.5) * width, u[3] * world.WIDTH) - width / 2
-    y = torch.where(near, scenes["y"][:, 0] + (u[4] - 0.5) * height, u[4]) - height / 2
-    return x.clamp(min=0).minimum(world.WIDTH - width), y.clamp(min=0).minimum(1 - height), pixel
+def cut_windows(latents, scenes, scale, args, generator):
+    """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them, at random places: latents and
+    captions of what is seen. They are cut from the latents, as a refinement's are: where a window ends, no frame does,
+    and the encoder padded nothing."""
+    rows, columns = (2 * (size // 32) + 1 for size in (args.height, args.width))  # in tokens, of 16 pixels
+    pixel, windows, text = torch.full((len(latents),), 1 / (args.height * scale)), [], []
+    for _ in range(int(scale**2)):
+        top, left = (torch.randint(size // 2 - tokens + 1, (len(latents),), generator=generator)
+                     for size, tokens in zip(latents.shape[3:], (rows, columns)))
+        windows += [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
+                    for clip, y, x in zip(latents, top.tolist(), left.tolist())]
+        place = 16 * pixel * left, 16 * pixel * top, pixel
+        text += world.captions(scenes, place, (16 * rows, 16 * columns), args.frames)
+    return torch.stack(windows), text
 
 
 def encoded_clips(vae, tokenizer, shown, scale, args, log):
-    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes or close-ups,
-    at a multiple of the native size: the larger, the fewer."""
+    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes at a multiple
+    of the native size, the larger, the fewer, or of windows of such scenes."""
     file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
         shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
         generator, parts = torch.Generator().manual_seed(
-            10**4 * args.seed + int(10 * scale) + 77 * (shown == "close-up") + 1000 * RANK), []
+            10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))), []
         for _ in range(math.ceil(args.clips * SETS[shown, scale] / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
-            window = close_ups(scenes, args, generator) if shown == "close-up" else None
-            text = world.captions(scenes, window, shape, args.frames)
-            on_device = {key: value.to(args.device) for key, value in scenes.items()}
-            window = window and [part.to(args.device) for part in window]
-            video = world.render(on_device, *shape, args.frames, window)
+            video = world.render({key: value.to(args.device) for key, value in scenes.items()}, *shape, args.frames)
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-                latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0]
-            parts.append((latents.bfloat16().cpu(), *tokenize(tokenizer, text)))
-        log(f"{len(parts) * count} clips encoded, {shown} at {scale} times the native size, such as: {text[0]!r}")
+                latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0].bfloat16().cpu()
+            text = world.captions(scenes)
+            if shown != "scene":
+                latents, seen = cut_windows(latents, scenes, scale, args, generator)
+                text = seen if shown == "window" else len(latents) // count * text
+            parts.append((latents, *tokenize(tokenizer, text)))
+        log(f"{sum(len(part[0]) for part in parts)} clips encoded, {shown} at {scale} times the native size, such as: "
+            f"{text[0]!r}")
         torch.save([torch.cat(column) for column in zip(*parts)], file)
     return [part.to(args.device) for part in torch.load(file, weights_only=True)]
 
@@ -354,7 +362,7 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
         shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()]
         clips, ids, masks = sets[shown, scale]
-        count = max(1, int(args.batch / scale**2))
+        count = max(1, int(args.batch * args.height * args.width / clips[0, 0, 0].numel() / 64))
         pick = torch.randint(len(clips), (count,), device=args.device)
         dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
