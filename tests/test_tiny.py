@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_token
 from sample import PRESETS
 from tiny import world
 from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
-from tiny.train import Muon
+from tiny.train import Muon, cut_windows
 
 TINY = Path(__file__).parent.parent / "tiny"
 RECORDED = Path(__file__).parent / "reference" / "tiny.safetensors"
@@ -101,6 +102,21 @@ def test_captions_of_close_ups_say_what_is_seen():
     away = torch.where(alone["x"][:, 0] < 0.75, 1.2, 0.0)  # far from the fish, above the floor
     captions = world.captions(alone, (away, zero[: len(away)], zero[: len(away)] + 0.3 / 192), (128, 192))
     assert set(captions) <= {"", "with seaweed", "with bubbles", "with seaweed and bubbles"} and "" in captions
+
+
+def test_training_windows_are_cut_where_their_captions_say():
+    """Of latents that hold their own row and column, 8 pixels each, of scenes of 256 x 384 pixels."""
+    scenes = world.sample_scenes(20, torch.Generator().manual_seed(2))
+    rows, columns = torch.arange(32.0)[:, None].expand(32, 48), torch.arange(48.0).expand(32, 48)
+    latents = torch.stack([rows, columns])[None, :, None].expand(20, 2, 5, 32, 48)
+    args = SimpleNamespace(height=128, width=192, frames=17)
+    windows, text = cut_windows(latents, scenes, 2, args, torch.Generator().manual_seed(0))
+    (top, left), count = windows[:, :, 0, 0, 0].T, 80  # four windows of each scene
+    assert windows.shape == (count, 2, 5, 18, 26) and (top.max(), left.max()) == (14, 22) and (left % 2 == 0).all()
+    assert torch.equal(windows[:, 0], (top[:, None] + torch.arange(18))[:, None, :, None].expand(count, 5, 18, 26))
+    assert torch.equal(windows[:, 1], (left[:, None] + torch.arange(26))[:, None, None].expand(count, 5, 18, 26))
+    four = {key: value.repeat(4, *[1] * (value.ndim - 1)) for key, value in scenes.items()}
+    assert text == world.captions(four, (left / 32, top / 32, torch.full((count,), 1 / 256)), (144, 208))
 
 
 def test_the_detector_is_right_on_true_clips():
