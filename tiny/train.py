@@ -292,14 +292,14 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
             video = world.render({key: value.to(args.device) for key, value in scenes.items()}, *shape, args.frames)
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
                 latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0].bfloat16().cpu()
-            text = world.captions(scenes)
+            text = world.captions(scenes, frames=args.frames)
             if shown != "scene":
                 latents, seen = cut_windows(latents, scenes, scale, args, generator)
                 text = seen if shown == "window" else len(latents) // count * text
             parts.append((latents, *tokenize(tokenizer, text)))
-        log(f"{sum(len(part[0]) for part in parts)} clips encoded, {shown} at {scale} times the native size, such as: "
-            f"{text[0]!r}")
-        torch.save([torch.cat(column) for column in zip(*parts)], file)
+        joined = [torch.cat(column) for column in zip(*parts)]
+        log(f"{len(joined[0])} clips encoded, {shown} at {scale} times the native size, such as: {text[0]!r}")
+        torch.save(joined, file)
     return [part.to(args.device) for part in torch.load(file, weights_only=True)]
 
 
@@ -362,7 +362,8 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
         shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()]
         clips, ids, masks = sets[shown, scale]
-        count = max(1, int(args.batch * args.height * args.width / clips[0, 0, 0].numel() / 64))
+        pixels = 64 * clips[0, 0, 0].numel()  # of a frame: all steps have about as many
+        count = max(1, int(args.batch * args.height * args.width / pixels))
         pick = torch.randint(len(clips), (count,), device=args.device)
         dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
