@@ -197,18 +197,18 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
 
 
 def vae_windows(args, generator, size=64):
-    """Windows of clips, (B, 3, F, size, size): of ten, five near a fish and three near a bubble, if it is there,
-    magnified up to three times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong
-    near the end."""
+    """Windows of clips, (B, 3, F, size, size): of ten, six near a fish and two near a bubble, if it is there, magnified
+    up to three times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong near the
+    end. Around all of a fish: one that saw little of what is before noses and behind tails did so anywhere."""
     frames, count = args.frames, args.vae_batch
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(6, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    fish, bubble, within = u[4] < 0.5, u[4] > 0.7, size / 2 * pixel
+    fish, bubble, within = u[4] < 0.6, (u[4] > 0.8) & (scenes["bubble_y"][:, 0] > 0), size / 2 * pixel
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
     fish_x = world.fish_x(scenes, 2 * world.half_time(frames) * u[5][:, None])[:, 0]  # at any time
-    near_fish = (fish_x + (u[2] - 0.5) * scenes["length"][:, 0],
-                 scenes["y"][:, 0] + (u[3] - 0.5) * 0.5 * scenes["length"][:, 0])
+    near_fish = (fish_x + (u[2] - 0.5) * 1.4 * scenes["length"][:, 0],
+                 scenes["y"][:, 0] + (u[3] - 0.5) * 0.7 * scenes["length"][:, 0])
     rise = scenes["bubble_speed"][:, 0] * world.half_time(frames)
     near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
                    scenes["bubble_y"][:, 0] - rise + (u[3] - 0.5) * within)
@@ -234,8 +234,9 @@ def blurred(video, generator):
 def vae_loss(vae, video):
     """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
     normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost.
-    So does the first frame, which has no past to be made from. Latents are decoded with some noise, as a transformer's
-    are not exact either."""
+    So does the first frame, which has no past to be made from. And so do places of the wrong colour, by their square:
+    a pink snout that comes out orange is few pixels too. Latents are decoded with some noise, as a transformer's are
+    not exact either."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
     latents = mean + torch.randn_like(mean) * (0.05 + (0.5 * logvar).exp())
@@ -248,7 +249,8 @@ def vae_loss(vae, video):
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     time = error.diff(dim=2).abs().mean()
     pixels = (weight * (error.abs() + 2 * error.square())).mean()
-    return pixels + 0.5 * space + 0.25 * time + 3e-4 * divergence
+    colour = F.avg_pool3d(error, (1, 8, 8), stride=(1, 4, 4)).square().sum(1).mean()
+    return pixels + 0.5 * space + 0.25 * time + 20 * colour + 3e-4 * divergence
 
 
 def reconstruction(vae, args, scale):
