@@ -52,12 +52,15 @@ TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the z
 # What is seen, of scenes at which multiple of the native size, and its share of the transformer's batches. Wan was
 # trained at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window
 # of a large frame is a close-up: a model that never saw any puts a floor and a fish into every window.
-SETS = {("scene", 1): 0.35, ("scene", 1.5): 0.1, ("scene", 2): 0.15, ("scene", 3): 0.05,
-        ("window", 1.5): 0.05, ("window", 2): 0.1, ("window", 3): 0.05, ("part", 2): 0.1, ("part", 3): 0.05}
+SETS = {("scene", 1): 0.3, ("scene", 1.5): 0.05, ("scene", 2): 0.12, ("scene", 3): 0.05,
+        ("window", 1.5): 0.04, ("window", 2): 0.06, ("window", 3): 0.05, ("part", 2): 0.2, ("part", 3): 0.13}
+# Parts are any piece of a scene, of one of these rows and columns of tokens. In a refinement every token is in the
+# middle of its own window: whoever learned from windows of one size goes by how far their edges are, and errs.
+PARTS = (6, 9), (8, 12), (9, 13), (12, 18), (12, 9)
 # What noise, before the flow shift. A refinement of the paper's strength begins at 0.7; above it, where the places of
-# fish are decided, windows would teach base clips to cut fish off at the border, or to show one more there. Parts have
-# the whole scene's caption, as a refinement's windows do: for details, not for what is where.
-HIGHEST = {"scene": 1.0, "window": 0.75, "part": 0.4}
+# fish are decided, close-ups would teach base clips to cut fish off at the border, or to show one more there. Windows
+# have a caption of what they show, parts the whole scene's, as a refinement's windows do.
+HIGHEST = {"scene": 1.0, "window": 0.75, "part": 0.75}
 
 
 def parse_arguments():
@@ -265,20 +268,28 @@ def reconstruction(vae, args, scale):
     return 10 * math.log10(4 / (decoded - video).square().mean().item()), kept.item()
 
 
+def cut(clips, rows, columns, generator=None):
+    """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of tokens large and
+    inward as a refinement's are: (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. They are cut
+    from latents, as a refinement's are, too: where a window ends, no frame does, and the encoder padded nothing."""
+    top, left = ((torch.randint(size // 2, (len(clips),), generator=generator) - tokens // 2).clamp(
+        0, size // 2 - tokens) for size, tokens in zip(clips.shape[3:], (rows, columns)))
+    windows = [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
+               for clip, y, x in zip(clips, top.tolist(), left.tolist())]
+    return torch.stack(windows), top, left
+
+
 def cut_windows(latents, scenes, scale, args, generator):
-    """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them, at random places: latents and
-    captions of what is seen. They are cut from the latents, as a refinement's are: where a window ends, no frame does,
-    and the encoder padded nothing."""
+    """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them: latents and captions of what is
+    seen."""
     rows, columns = (2 * (size // 32) + 1 for size in (args.height, args.width))  # in tokens, of 16 pixels
     pixel, windows, text = torch.full((len(latents),), 1 / (args.height * scale)), [], []
     for _ in range(int(scale**2)):
-        top, left = (torch.randint(size // 2 - tokens + 1, (len(latents),), generator=generator)
-                     for size, tokens in zip(latents.shape[3:], (rows, columns)))
-        windows += [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
-                    for clip, y, x in zip(latents, top.tolist(), left.tolist())]
-        place = 16 * pixel * left, 16 * pixel * top, pixel
-        text += world.captions(scenes, place, (16 * rows, 16 * columns), args.frames)
-    return torch.stack(windows), text
+        pieces, top, left = cut(latents, rows, columns, generator)
+        windows.append(pieces)
+        text += world.captions(scenes, (16 * pixel * left, 16 * pixel * top, pixel), (16 * rows, 16 * columns),
+                               args.frames)
+    return torch.cat(windows), text
 
 
 def encoded_clips(vae, tokenizer, shown, scale, args, log):
@@ -287,17 +298,17 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
     file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
         shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
+        share = SETS[shown, scale] + (SETS.get(("part", scale), 0) if shown == "scene" else 0)
         generator, parts = torch.Generator().manual_seed(
             10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))), []
-        for _ in range(math.ceil(args.clips * SETS[shown, scale] / scale**2 / count)):
+        for _ in range(math.ceil(args.clips * share / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
             video = world.render({key: value.to(args.device) for key, value in scenes.items()}, *shape, args.frames)
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
                 latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0].bfloat16().cpu()
             text = world.captions(scenes, frames=args.frames)
-            if shown != "scene":
-                latents, seen = cut_windows(latents, scenes, scale, args, generator)
-                text = seen if shown == "window" else len(latents) // count * text
+            if shown == "window":
+                latents, text = cut_windows(latents, scenes, scale, args, generator)
             parts.append((latents, *tokenize(tokenizer, text)))
         joined = [torch.cat(column) for column in zip(*parts)]
         log(f"{len(joined[0])} clips encoded, {shown} at {scale} times the native size, such as: {text[0]!r}")
@@ -363,14 +374,17 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
     def flow_loss(step):
         """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
         shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()]
-        clips, ids, masks = sets[shown, scale]
-        pixels = 64 * clips[0, 0, 0].numel()  # of a frame: all steps have about as many
+        clips, ids, masks = sets["scene" if shown == "part" else shown, scale]
+        size = clips.shape[3] // 2, clips.shape[4] // 2  # in tokens
+        if shown == "part":
+            size = PARTS[torch.randint(len(PARTS), (1,), generator=kinds).item()]
+        pixels = 256 * size[0] * size[1]  # of a frame: all steps have about as many
         count = max(1, int(args.batch * args.height * args.width / pixels))
         pick = torch.randint(len(clips), (count,), device=args.device)
         dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
         text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
-        clean = (clips[pick].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        clean = (cut(clips[pick], *size)[0].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
         u = torch.rand(count, device=args.device) * HIGHEST[shown]
         sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
         noise = torch.randn_like(clean)
@@ -406,7 +420,8 @@ def main():
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS if args.minutes > 0 or not args.start}
+    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS
+            if key[0] != "part" and (args.minutes > 0 or not args.start)}
     if args.start:  # its latents are kept
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:
