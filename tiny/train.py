@@ -269,9 +269,9 @@ def reconstruction(vae, args, scale):
 
 
 def cut(clips, rows, columns, generator=None):
-    """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of tokens large and
-    inward as a refinement's are: (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. They are cut
-    from latents, as a refinement's are, too: where a window ends, no frame does, and the encoder padded nothing."""
+    """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of tokens large:
+    (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. As in a refinement, windows move inward at
+    borders, and are cut from latents: where a window ends, no frame does, and the encoder padded nothing."""
     top, left = ((torch.randint(size // 2, (len(clips),), generator=generator) - tokens // 2).clamp(
         0, size // 2 - tokens) for size, tokens in zip(clips.shape[3:], (rows, columns)))
     windows = [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
