@@ -70,7 +70,7 @@ BLUR = "overexposed, static, blurred details, subtitles, worst quality, low qual
 FISH = ("a large purple striped fish swims left and a small pink plain fish swims right above a sandy floor with "
         "bubbles")
 PRESETS = {  # by the width of the transformer, in channels
-    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=2.0, steps=30, strength=0.7,
+    240: Preset(128, 192, 17, 16, base_shift=3.0, flow_shift=1.0, steps=30, strength=0.7,
                 guidance=2.0, text_length=32, tall=False, prompt=FISH, negative_prompt=""),  # the bundled one
     1536: Preset(480, 832, 81, 16, base_shift=3.0, flow_shift=9.0, steps=50, strength=0.7,
                  guidance=5.0, text_length=512, tall=True, prompt=CAT, negative_prompt=BLUR),  # Wan2.1 1.3B

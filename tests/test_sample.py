@@ -50,7 +50,7 @@ def test_it_writes_what_it_says(first_run):
 def test_run_json_tells_everything(first_run):
     content = record(first_run[0])
     expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 4, "seed": 0,
-                "strength": 0.7, "guidance": 2.0, "flow_shift": 2.0, "cache_interval": 5, "fps": 16, "device": "cpu",
+                "strength": 0.7, "guidance": 2.0, "flow_shift": 1.0, "cache_interval": 5, "fps": 16, "device": "cpu",
                 "dtype": "float32", "base_video": None}
     assert expected.items() <= content["settings"].items()
     assert content["versions"]["torch"] == torch.__version__
