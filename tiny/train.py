@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from freeswim import upsample
+from freeswim import upsample, window_spans
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
 from support import parallel
 from support.fast import CompiledTransformer
@@ -272,8 +272,8 @@ def cut(clips, rows, columns, generator=None):
     """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of tokens large:
     (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. As in a refinement, windows move inward at
     borders, and are cut from latents: where a window ends, no frame does, and the encoder padded nothing."""
-    top, left = ((torch.randint(size // 2, (len(clips),), generator=generator) - tokens // 2).clamp(
-        0, size // 2 - tokens) for size, tokens in zip(clips.shape[3:], (rows, columns)))
+    top, left = (window_spans(size // 2, tokens)[0][torch.randint(size // 2, (len(clips),), generator=generator)]
+                 for size, tokens in zip(clips.shape[3:], (rows, columns)))
     windows = [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
                for clip, y, x in zip(clips, top.tolist(), left.tolist())]
     return torch.stack(windows), top, left
