@@ -1,8 +1,9 @@
 """Faster on a GPU, and the same numbers: blocks compiled, and window attention by flash-attn-4.
 
-The method's loop stays as it is. Both are tried out first: where one does not work, a line says so, and the run goes on
-without it.
+The method's loop stays as it is. Both are tried out first: where one does not work, a line says so,
+and the run goes on without it.
 """
+
 from functools import partial
 
 import torch
@@ -13,11 +14,14 @@ from support.checks import say
 
 
 class CompiledBlock(Block):
-    """Norms, modulation, rotation and residuals in few passes over memory. The attention is the caller's."""
+    """Norms, modulation, rotation and residuals in few passes over memory. The attention is the
+    caller's."""
 
     self_attention = torch.compile(Block.self_attention, dynamic=False)
     cross_attention = torch.compile(Block.cross_attention, dynamic=False)
-    feed_piece = torch.compile(Block.feed_piece, dynamic=False)  # not all pieces at once: they would all be held
+    feed_piece = torch.compile(
+        Block.feed_piece, dynamic=False
+    )  # not all pieces at once: they would all be held
 
 
 class CompiledTransformer(WanTransformer):
@@ -31,8 +35,9 @@ def transformer_for(device):
     try:
         with device, torch.no_grad():
             tokens, modulation = torch.zeros(1, 4, 16), torch.zeros(1, 6, 16)
-            CompiledBlock(16, 1, 16, 1e-6).self_attention(tokens, modulation, rotary_table((1, 2, 2), 16, device),
-                                                          full_attention)
+            CompiledBlock(16, 1, 16, 1e-6).self_attention(
+                tokens, modulation, rotary_table((1, 2, 2), 16, device), full_attention
+            )
         return CompiledTransformer
     except Exception as error:  # whatever a compiler may lack
         say(f"blocks are not compiled, and slower: {type(error).__name__}: {str(error)[:200]!r}")
@@ -40,7 +45,8 @@ def transformer_for(device):
 
 
 def window_for(device, dtype, head_dim):
-    """What prepares the fastest window attention that works on a device; None leaves it to `freeswim.refine`."""
+    """What prepares the fastest window attention that works on a device; None leaves it to
+    `freeswim.refine`."""
     if device.type == "cpu" or dtype != torch.bfloat16:
         return None
     try:
@@ -55,5 +61,7 @@ def window_for(device, dtype, head_dim):
             raise ValueError(f"its result is {error:.1e} off")
         return prepare
     except Exception as error:  # without the package, or whatever it does not know
-        say(f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}")
+        say(
+            f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}"
+        )
         return None

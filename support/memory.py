@@ -1,8 +1,9 @@
 """More than a GPU holds: kept features and weights in CPU memory, copied beside the computation.
 
-Copies run in a stream of their own, from memory that is pinned, so that they need not wait for the computation, nor it
-for them. On a CPU, streams do nothing, and the same code copies at once.
+Copies run in a stream of their own, from memory that is pinned, so that they need not wait for the
+computation, nor it for them. On a CPU, streams do nothing, and the same code copies at once.
 """
+
 import copy
 import os
 
@@ -16,17 +17,19 @@ def pin(tensor):
 
 
 class Copies:
-    """Copies in a stream beside the computation's: `start` has them begin once all that is queued there is done, `wait`
-    has what is queued there from now on wait for them."""
+    """Copies in a stream beside the computation's: `start` has them begin once all that is queued
+    there is done, `wait` has what is queued there from now on wait for them."""
 
     def __init__(self, device):
         self.streams = torch.get_device_module(device)
-        self.stream = self.streams.Stream(device) if device.type == "cuda" else self.streams.Stream()
+        self.stream = (
+            self.streams.Stream(device) if device.type == "cuda" else self.streams.Stream()
+        )
 
     def start(self, targets, sources):
         self.stream.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.stream):
-            for target, source in zip(targets, sources):
+            for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
 
     def wait(self):
@@ -34,8 +37,8 @@ class Copies:
 
 
 class FeaturesOnCPU:
-    """The features that `freeswim.predict` keeps, {block: (B, N, D)}: those of a block leave while it goes on, and come
-    back while the block before it runs."""
+    """The features that `freeswim.predict` keeps, {block: (B, N, D)}: those of a block leave while
+    it goes on, and come back while the block before it runs."""
 
     def __init__(self, device):
         self.device, self.kept = torch.device(device), {}
@@ -46,7 +49,8 @@ class FeaturesOnCPU:
         return len(self.kept)
 
     def __setitem__(self, index, features):
-        self.copies.wait()  # those of the block before have left: only now may their memory be used again
+        # those of the block before have left: only now may their memory be used again
+        self.copies.wait()
         if index not in self.kept or self.kept[index].shape != features.shape:
             self.kept[index] = pin(torch.empty_like(features, device="cpu"))
         self.copies.start([self.kept[index]], [features])
@@ -68,7 +72,8 @@ class FeaturesOnCPU:
 
 
 class StreamedBlocks:
-    """A transformer's blocks with their weights in CPU memory. Two are on the GPU: that which runs, and the next."""
+    """A transformer's blocks with their weights in CPU memory. Two are on the GPU: that which runs,
+    and the next."""
 
     def __init__(self, blocks, device):
         self.blocks, self.slots = blocks, [copy.deepcopy(blocks[0]).to(device) for _ in range(2)]
@@ -84,7 +89,9 @@ class StreamedBlocks:
         for index in range(len(self)):
             self.copies.wait()
             if index + 1 < len(self):
-                self.send(index + 1)  # into the slot of the block before, all of whose work is queued
+                self.send(
+                    index + 1
+                )  # into the slot of the block before, all of whose work is queued
             yield self.slots[index % 2]
 
     def send(self, index):
@@ -92,7 +99,8 @@ class StreamedBlocks:
 
 
 def stream_blocks(transformer, device):
-    """Leave the weights of a transformer's blocks in CPU memory, where it was loaded, and have them streamed."""
+    """Leave the weights of a transformer's blocks in CPU memory, where it was loaded, and have them
+    streamed."""
     blocks = transformer.blocks
     del transformer.blocks
     transformer.to(device).blocks = StreamedBlocks(blocks, device)
@@ -100,21 +108,32 @@ def stream_blocks(transformer, device):
 
 
 def plan_memory(args, transformer, dtype, device):
-    """Settle where features are kept, `args.features`, "gpu" or "cpu", and whether the blocks' weights are streamed,
-    `args.offload`, if the user has not, by what is free on the GPU. Says so in a line."""
+    """Settle where features are kept, `args.features`, "gpu" or "cpu", and whether the blocks'
+    weights are streamed, `args.offload`, if the user has not, by what is free on the GPU. Says so
+    in a line."""
     if device.type == "cpu":
         args.features, args.offload = "gpu", False  # that is: left where the computation is
         return
     free, _ = torch.cuda.mem_get_info(device)
     (height, width), ranks = args.computed, int(os.environ.get("WORLD_SIZE", 1))
-    channels = (args.frames // 4 + 1) * (height // 16) * (width // 16) * transformer.heads * transformer.head_dim
+    channels = (
+        (args.frames // 4 + 1)
+        * (height // 16)
+        * (width // 16)
+        * transformer.heads
+        * transformer.head_dim
+    )
     tokens = channels * dtype.itemsize / ranks  # bytes
     weights = sum(parameter.numel() for parameter in transformer.parameters()) * dtype.itemsize
     kept = tokens * len(transformer.blocks) if args.cache_interval else 0
-    working = 9 * tokens + 2**31 + 2**30  # as measured; feed-forward pieces, the VAE, what lies idle between tensors
+    working = (
+        9 * tokens + 2**31 + 2**30
+    )  # as measured; feed-forward pieces, the VAE, what lies idle between tensors
     needed = weights + working + kept
     args.features = args.features or ("gpu" if needed <= free else "cpu")
     if args.offload is None:
         args.offload = ranks == 1 and needed - kept * (args.features == "cpu") > free
-    say(f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
-        f"would take about {needed / 2**30:.0f} GiB of {free / 2**30:.0f}")
+    say(
+        f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
+        f"would take about {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
+    )

@@ -1,17 +1,20 @@
-"""What is fast, and beside what. `python tests/bench.py` prints these tables, on a GPU; name some to have only those:
+"""What is fast, and beside what. `python tests/bench.py` prints these tables, on a GPU; name some
+to have only those:
 
-    attention   one window attention at 1080p, beside full attention and FlexAttention as the authors order tokens
-    step        a block, a step and a run of 35 steps at 1080p: as they are, compiled, and with flash-attn-4
-    memory      the peak of a whole pass: with the cache, without, with features or weights on the CPU
+    attention   one window attention at 1080p, beside full attention and the authors' order
+    step        a block, a step and 35 steps at 1080p: plain, compiled, with flash-attn-4
+    memory      the peak of a pass: with the cache, without, with features or weights on the CPU
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     vae         encode and decode at 1080p, beside Diffusers'
-    gpus        a projection of a step on several GPUs, from what was measured on one and from the bytes exchanged
+    gpus        a step on several GPUs, projected from one GPU and from the bytes exchanged
 
-`--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the dimensions of Wan2.1 1.3B
-(or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks are timed where all would take minutes; a
-step is worked out from them, as all blocks are alike. Memory is the allocated peak.
+`--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the
+dimensions of Wan2.1 1.3B (or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks
+are timed where all would take minutes; a step is worked out from them, as all blocks are alike.
+Memory is the allocated peak.
 """
+
 import argparse
 import json
 import math
@@ -31,7 +34,11 @@ from model import WanTransformer, WanVAE, checkpoint_name, full_attention
 from support.fast import CompiledTransformer, window_for
 from support.memory import FeaturesOnCPU, stream_blocks
 
-HD, UHD, WINDOW = (21, 68, 120), (21, 135, 240), (31, 53)  # (T, H, W), (T, H, W) and (rows, columns) in tokens
+HD, UHD, WINDOW = (
+    (21, 68, 120),
+    (21, 135, 240),
+    (31, 53),
+)  # (T, H, W), (T, H, W) and (rows, columns) in tokens
 HEADS, HEAD_DIM, LAYERS = 12, 128, 30
 B14 = {"num_attention_heads": 40, "ffn_dim": 13824}
 SCALE = attention_scale(HEAD_DIM, 1560)
@@ -52,8 +59,8 @@ def clock(function):
 
 
 def report(name, function, repeats=3, flops=None):
-    """A row of a table: the first call, which compiles, the median of others, their peak memory, and TFLOP/s. Returns
-    the seconds and the result."""
+    """A row of a table: the first call, which compiles, the median of others, their peak memory,
+    and TFLOP/s. Returns the seconds and the result."""
     try:
         first, _, result = clock(function)
         times = []
@@ -71,7 +78,10 @@ def report(name, function, repeats=3, flops=None):
 
 
 def table(title, last=""):
-    print(f"\n| {title} | ms | first call, s | peak, GiB | {last} |\n|---|---|---|---|---|", flush=True)
+    print(
+        f"\n| {title} | ms | first call, s | peak, GiB | {last} |\n|---|---|---|---|---|",
+        flush=True,
+    )
 
 
 def time_major_window(grid, window):
@@ -85,8 +95,12 @@ def time_major_window(grid, window):
         top = (row - window[0] // 2).clamp(0, height - window[0])
         left = (column - window[1] // 2).clamp(0, width - window[1])
         seen_row, seen_column = key // width % height, key % width
-        return ((seen_row >= top) & (seen_row < top + window[0])
-                & (seen_column >= left) & (seen_column < left + window[1]))
+        return (
+            (seen_row >= top)
+            & (seen_row < top + window[0])
+            & (seen_column >= left)
+            & (seen_column < left + window[1])
+        )
 
     tokens = math.prod(grid)
     mask = torch.compile(create_block_mask)(visible, None, None, tokens, tokens, "cuda")
@@ -113,16 +127,21 @@ def attention_table():
     share, seconds = WINDOW[0] * WINDOW[1] / (HD[1] * HD[2]), {}  # of all pairs, the exact window's
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel([backend]):
-            seconds[backend], _ = report(f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops)
+            seconds[backend], _ = report(
+                f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops
+            )
     attend = time_major_window(HD, WINDOW)
-    report("window, (t, h, w) order", lambda: attend(*parts), flops=share * flops)
+    report("window, (t, h, w) order", partial(attend, *parts), flops=share * flops)
     expected = grouped_window(HD, WINDOW, SCALE)(*(part[:, :1] for part in parts))
     off = {}
     for name, attend in windows(HD).items():
-        _, attended = report(f"window, ours, {name}", lambda: attend(*parts), flops=share * flops)
+        _, attended = report(f"window, ours, {name}", partial(attend, *parts), flops=share * flops)
         off[name] = f"{relative(attended[:, :1], expected):.1e}"
     floor = 1000 * seconds[SDPBackend.CUDNN_ATTENTION] * share
-    print(f"| floor: the window's pairs at cuDNN's rate | {floor:.1f} | | | |\n\noff from the groups: {off}")
+    print(
+        f"| floor: the window's pairs at cuDNN's rate | {floor:.1f} | | | |\n\noff from "
+        f"the groups: {off}"
+    )
     start = time.time()
     flex_window(HD, WINDOW, SCALE)(*parts)
     torch.cuda.synchronize()
@@ -134,9 +153,13 @@ def random_transformer(cls, layers, dtype=torch.bfloat16, device="cuda", **chang
     torch.manual_seed(0)
     with torch.device("meta"):
         transformer = cls(config | changes | {"num_layers": layers}).eval().requires_grad_(False)
-    state = {name: torch.randn(x.shape, device="cuda").mul_(0.02).add_(x.ndim == 1).to(
-                device, torch.float32 if any(part in name for part in cls.FLOAT32) else dtype)
-             for name, x in transformer.state_dict().items()}
+    state = {
+        name: torch.randn(x.shape, device="cuda")
+        .mul_(0.02)
+        .add_(x.ndim == 1)
+        .to(device, torch.float32 if any(part in name for part in cls.FLOAT32) else dtype)
+        for name, x in transformer.state_dict().items()
+    }
     transformer.load_state_dict(state, assign=True)
     return transformer
 
@@ -145,34 +168,50 @@ def inputs(grid):
     """Latents, timestep and text."""
     frames, height, width = grid
     torch.manual_seed(0)
-    return (torch.randn(1, 16, frames, 2 * height, 2 * width, device="cuda"), torch.tensor([900], device="cuda"),
-            torch.randn(1, 512, 4096, device="cuda"))
+    return (
+        torch.randn(1, 16, frames, 2 * height, 2 * width, device="cuda"),
+        torch.tensor([900], device="cuda"),
+        torch.randn(1, 512, 4096, device="cuda"),
+    )
 
 
 FULL = partial(full_attention, scale=SCALE)
 
 
 def passes(transformer, grid, window, name, repeats=3):
-    """Prints a row for each kind of pass; returns one of what a step, and 35, take with all blocks."""
+    """Print a row for each kind of pass; return one of what a step, and 35, take."""
     given, layers, features = inputs(grid), len(transformer.blocks), {}
     run = partial(predict, transformer, *given, attend_window=window)
     embedding, _ = report(f"{name}: no block", lambda: transformer.embed(*given), repeats)
-    both, _ = report(f"{name}: both paths", lambda: run(attend_full=FULL, features=features), repeats)
+    both, _ = report(
+        f"{name}: both paths", lambda: run(attend_full=FULL, features=features), repeats
+    )
     kept, _ = report(f"{name}: window, kept features", lambda: run(features=features), repeats)
     own, _ = report(f"{name}: window, own text", lambda: run(), repeats)
-    both, kept, own = ((seconds - embedding) / layers * LAYERS + embedding for seconds in (both, kept, own))
-    return (f"| {name} | {(both + 4 * kept) / 5 + own:.1f} | {2 * both:.1f} | {7 * both + 28 * kept + 35 * own:.0f} | "
-            f"{35 * 2 * both:.0f} |")
+    both, kept, own = (
+        (seconds - embedding) / layers * LAYERS + embedding for seconds in (both, kept, own)
+    )
+    return (
+        f"| {name} | {(both + 4 * kept) / 5 + own:.1f} | {2 * both:.1f} | "
+        f"{7 * both + 28 * kept + 35 * own:.0f} | "
+        f"{35 * 2 * both:.0f} |"
+    )
 
 
-STEPS = (f"\n| seconds, {LAYERS} blocks | step, cache 5 | step, no cache | 35 steps, cache 5 | no cache |\n"
-         "|---|---|---|---|---|")
+STEPS = (
+    f"\n| seconds, {LAYERS} blocks | step, cache 5 | step, no cache | 35 steps, cache 5 | "
+    f"no cache |\n"
+    "|---|---|---|---|---|"
+)
 
 
 def step_table():
     table("one pass, 1080p, three blocks")
     found, rows = windows(HD), []
-    for cls, window in ((WanTransformer, "Triton"), *((CompiledTransformer, window) for window in found)):
+    for cls, window in (
+        (WanTransformer, "Triton"),
+        *((CompiledTransformer, window) for window in found),
+    ):
         transformer = random_transformer(cls, 3)
         rows.append(passes(transformer, HD, found[window], f"{cls.__name__}, {window}"))
     print(STEPS, *rows, sep="\n", flush=True)
@@ -180,9 +219,13 @@ def step_table():
     latents, grid = latents[:, :, :3], (3, *HD[1:])
     with torch.backends.cudnn.flags(allow_tf32=False):
         attends = flex_window(grid, WINDOW, SCALE), FULL
-        exact = predict(random_transformer(WanTransformer, 2, torch.float32), latents, *rest, *attends)
+        exact = predict(
+            random_transformer(WanTransformer, 2, torch.float32), latents, *rest, *attends
+        )
         errors = {}
-        for cls, (name, window) in product((WanTransformer, CompiledTransformer), windows(grid).items()):
+        for cls, (name, window) in product(
+            (WanTransformer, CompiledTransformer), windows(grid).items()
+        ):
             velocity = predict(random_transformer(cls, 2), latents, *rest, window, FULL)
             errors[f"{cls.__name__}, {name}"] = f"{relative(velocity, exact):.3e}"
     print(f"\nbfloat16 from float32, two blocks: {errors}", flush=True)
@@ -193,14 +236,15 @@ def memory_table():
     given, window = inputs(HD), list(windows(HD).values())[-1]
     transformer = random_transformer(CompiledTransformer, LAYERS)
     run = partial(predict, transformer, *given, attend_window=window)
-    report("without cache: both paths", lambda: run(attend_full=FULL), 1)
+    report("without cache: both paths", partial(run, attend_full=FULL), 1)
     for name, kept in (("the GPU", dict), ("the CPU", partial(FeaturesOnCPU, "cuda"))):
         features = kept()
-        report(f"features on {name}: both paths", lambda: run(attend_full=FULL, features=features), 1)
-        report(f"features on {name}: kept features", lambda: run(features=features))
-        del features
+        report(
+            f"features on {name}: both paths", partial(run, attend_full=FULL, features=features), 1
+        )
+        report(f"features on {name}: kept features", partial(run, features=features))
     stream_blocks(transformer.to("cpu"), torch.device("cuda"))
-    report("weights on the CPU: window, own text", lambda: run())
+    report("weights on the CPU: window, own text", run)
 
 
 def memory_14b_table():
@@ -211,13 +255,14 @@ def memory_14b_table():
         if device == "cpu":
             stream_blocks(transformer, torch.device("cuda"))
         run = partial(predict, transformer, *given, attend_window=window)
-        report(f"weights {name}: both paths", lambda: run(attend_full=FULL), 1)
-        report(f"weights {name}: window, own text", lambda: run(), 1)
-        del transformer, run
+        report(f"weights {name}: both paths", partial(run, attend_full=FULL), 1)
+        report(f"weights {name}: window, own text", run, 1)
+        del run, transformer
 
 
 def sampled_attention(parts, sample, window=None):
-    """Attention in float32 for the queries at `sample` alone: to all keys, or to those of its inward window."""
+    """Attention in float32 for the queries at `sample` alone: to all keys, or to those of its
+    inward window."""
     query, key, value = parts
     frames, height, width = UHD
     grid = torch.arange(math.prod(UHD), device="cuda").view(height, width, frames)
@@ -226,30 +271,47 @@ def sampled_attention(parts, sample, window=None):
         seen = slice(None)
         if window:
             row, column = index // frames // width, index // frames % width
-            top, left = (min(max(i - size // 2, 0), length - size) for i, size, length in
-                         ((row, window[0], height), (column, window[1], width)))
+            top, left = (
+                min(max(i - size // 2, 0), length - size)
+                for i, size, length in ((row, window[0], height), (column, window[1], width))
+            )
             seen = grid[top : top + window[0], left : left + window[1]].flatten()
-        scores = (query[0, :, index, None].float() @ key[0, :, seen].float().transpose(1, 2)) * SCALE
+        scores = (
+            query[0, :, index, None].float() @ key[0, :, seen].float().transpose(1, 2)
+        ) * SCALE
         rows.append(scores.softmax(-1) @ value[0, :, seen].float())
     return torch.cat(rows, 1)  # (heads, sample, head_dim)
 
 
 def uhd_table():
     table("2160x3840")
-    parts, sample = random_parts(UHD), torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0))
+    parts, sample = (
+        random_parts(UHD),
+        torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0)),
+    )
     start = time.time()
     found, errors = windows(UHD), {}
     torch.cuda.synchronize()
-    print(f"| preparing {' and '.join(found)} | {1000 * (time.time() - start):.0f} | | | |", flush=True)
-    for name, attend, window in (("full", FULL, None), *((name, attend, WINDOW) for name, attend in found.items())):
-        _, attended = report(f"attention: {name}", lambda: attend(*parts), 1)
-        errors[name] = f"{relative(attended[0, :, sample], sampled_attention(parts, sample, window)):.1e}"
+    print(
+        f"| preparing {' and '.join(found)} | {1000 * (time.time() - start):.0f} | | | |",
+        flush=True,
+    )
+    for name, attend, window in (
+        ("full", FULL, None),
+        *((name, attend, WINDOW) for name, attend in found.items()),
+    ):
+        _, attended = report(f"attention: {name}", partial(attend, *parts), 1)
+        errors[name] = (
+            f"{relative(attended[0, :, sample], sampled_attention(parts, sample, window)):.1e}"
+        )
     del parts, attended
     block = (transformer := random_transformer(CompiledTransformer, 1)).blocks[0]
     tokens = torch.randn(1, math.prod(UHD), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     modulation = torch.randn(1, 6, HEADS * HEAD_DIM, device="cuda")
     whole, part = (block.feed_forward(x, modulation) for x in (tokens, tokens[:, sample]))
-    errors["feed-forward, from the same positions alone"] = f"{relative(whole[:, sample], part):.1e}"
+    errors["feed-forward, from the same positions alone"] = (
+        f"{relative(whole[:, sample], part):.1e}"
+    )
     del tokens, whole
     print(STEPS, passes(transformer, UHD, list(found.values())[-1], "one block", 1), sep="\n")
     print(f"\noff from float32 at 200 positions, all heads: {errors}", flush=True)
@@ -262,7 +324,10 @@ def vae_table():
     config = json.loads((HERE / "wan2.1-t2v-1.3b" / "vae" / "config.json").read_text())
     torch.manual_seed(0)
     with torch.device("cuda"):
-        theirs, ours = (cls(config).eval().requires_grad_(False) for cls in (AutoencoderKLWan.from_config, WanVAE))
+        theirs, ours = (
+            cls(config).eval().requires_grad_(False)
+            for cls in (AutoencoderKLWan.from_config, WanVAE)
+        )
         video = torch.rand(1, 3, 17, 1088, 1920) * 2 - 1
     theirs.enable_tiling()
     state = theirs.state_dict()
@@ -271,7 +336,9 @@ def vae_table():
     _, expected = report("encode: Diffusers'", lambda: theirs.encode(video).latent_dist.mode(), 1)
     _, latents = report("encode: ours", lambda: ours.encode(video), 1)
     off = {"encode": f"{relative(latents * std + mean, expected):.1e}"}
-    _, expected = report("decode: Diffusers'", lambda: theirs.decode(latents * std + mean).sample.clamp(-1, 1), 1)
+    _, expected = report(
+        "decode: Diffusers'", lambda: theirs.decode(latents * std + mean).sample.clamp(-1, 1), 1
+    )
     _, decoded = report("decode: ours", lambda: ours.decode(latents), 1)
     off["decode"] = f"{relative(decoded, expected):.1e}"
     print(f"\noff from Diffusers', convolutions in TF32 as PyTorch has them: {off}", flush=True)
@@ -280,9 +347,14 @@ def vae_table():
 def quick_table():
     from diffusers import AutoencoderKLWan
 
-    print("| bundled VAE, 17 frames of 192x128, CPU | ours, s | Diffusers, s | from Diffusers' |\n|---|---|---|---|")
-    ours, theirs = WanVAE.from_pretrained(HERE.parent / "tiny" / "vae"), AutoencoderKLWan.from_pretrained(
-        HERE.parent / "tiny" / "vae")
+    print(
+        "| bundled VAE, 17 frames of 192x128, CPU | ours, s | Diffusers, s | from "
+        "Diffusers' |\n|---|---|---|---|"
+    )
+    ours, theirs = (
+        WanVAE.from_pretrained(HERE.parent / "tiny" / "vae"),
+        AutoencoderKLWan.from_pretrained(HERE.parent / "tiny" / "vae"),
+    )
     video = torch.rand(1, 3, 17, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = ours.encode(video)
 
@@ -295,38 +367,66 @@ def quick_table():
         return sorted(times)[1], result
 
     for name, mine, other in (
-        ("encode", lambda: ours.encode(video),
-         lambda: (theirs.encode(video).latent_dist.mode() - ours.mean) / ours.std),
-        ("decode", lambda: ours.decode(latents),
-         lambda: theirs.decode(latents * ours.std + ours.mean).sample.clamp(-1, 1)),
+        (
+            "encode",
+            lambda: ours.encode(video),
+            lambda: (theirs.encode(video).latent_dist.mode() - ours.mean) / ours.std,
+        ),
+        (
+            "decode",
+            lambda: ours.decode(latents),
+            lambda: theirs.decode(latents * ours.std + ours.mean).sample.clamp(-1, 1),
+        ),
     ):
         (own, result), (rival, expected) = seconds(mine), seconds(other)
-        print(f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | {relative(result, expected):.1e} |")
+        print(
+            f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | "
+            f"{relative(result, expected):.1e} |"
+        )
 
 
 def projection_table(window=0.104, full=0.3175, step=10.8, link=450e9, network=50e9):
-    """Seconds of one H200 by the tables above, with blocks as they are; bytes a second in one direction of its NVLink,
-    as its data sheet says, and of the network to another host. Nothing is overlapped. tests/ranks.py counts bytes."""
+    """Seconds of one H200 by the tables above, with blocks as they are; bytes a second in one
+    direction of its NVLink, as its data sheet says, and of the network to another host. Nothing is
+    overlapped. tests/ranks.py counts bytes."""
     print("\n| GPUs | most heads on one | sent by each in a step | a step |\n|---|---|---|---|")
-    attentions = 2 + 1 / 5  # in every block, in the mean: window and negative prompt's window, the full path
+    attentions = (
+        2 + 1 / 5
+    )  # in every block, in the mean: window and negative prompt's window, the full path
     attention = LAYERS * (2 * window + full / 5)
     for ranks, remote in ((2, 0), (4, 0), (8, 0), (16, 8 / 15)):  # the last on two hosts
         heads = -(-HEADS // ranks)
-        sent = LAYERS * attentions * 4 * math.prod(HD) * HEADS * HEAD_DIM * 2 * (ranks - 1) / ranks**2
+        sent = (
+            LAYERS * attentions * 4 * math.prod(HD) * HEADS * HEAD_DIM * 2 * (ranks - 1) / ranks**2
+        )
         trading = sent * ((1 - remote) / link + remote / network)
         seconds = attention * heads / HEADS + (step - attention) / ranks + trading
-        print(f"| {ranks} | {heads} of {HEADS} | {sent / 1e9:.1f} GB, {trading:.2f} s | {seconds:.1f} s, "
-              f"{step / seconds:.1f} times faster |")
+        print(
+            f"| {ranks} | {heads} of {HEADS} | {sent / 1e9:.1f} GB, {trading:.2f} s | "
+            f"{seconds:.1f} s, "
+            f"{step / seconds:.1f} times faster |"
+        )
 
 
-TABLES = {"attention": attention_table, "step": step_table, "memory": memory_table,
-          "14b": memory_14b_table, "4k": uhd_table, "vae": vae_table, "gpus": projection_table}
+TABLES = {
+    "attention": attention_table,
+    "step": step_table,
+    "memory": memory_table,
+    "14b": memory_14b_table,
+    "4k": uhd_table,
+    "vae": vae_table,
+    "gpus": projection_table,
+}
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)"
+    )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.tables) - TABLES.keys():
@@ -334,7 +434,13 @@ def main():
     if args.quick:
         return quick_table()
     if args.tables != ["gpus"]:
-        print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"), flush=True)
+        print(
+            torch.cuda.get_device_name(),
+            "PyTorch",
+            torch.__version__,
+            time.strftime("%Y-%m-%d"),
+            flush=True,
+        )
     for name in args.tables or TABLES:
         TABLES[name]()
         torch.cuda.empty_cache()

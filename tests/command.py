@@ -1,4 +1,6 @@
-"""The command, as the tests run it: in a process of its own, as a person does, or in this one, which is faster."""
+"""The command, as the tests run it: in a process of its own, as a person does, or in this one,
+which is faster."""
+
 import json
 import os
 import signal
@@ -16,8 +18,13 @@ SMALL = ["--size", "224x144", "--frames", "5", "--steps", "4", "--device", "cpu"
 def start(*arguments, **options):
     """A started `python sample.py …`."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **options)
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
 def run(*arguments, **options):

@@ -1,4 +1,6 @@
-"""The tiny models gain nothing from several threads, and threads that wait for a busy core lose a lot."""
+"""The tiny models gain nothing from several threads, and threads that wait for a busy core lose a
+lot."""
+
 import pytest
 import torch
 from parity import write_random_model

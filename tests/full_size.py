@@ -1,9 +1,11 @@
-"""At full size, on a GPU: `python tests/full_size.py [FOLDER]` writes a random checkpoint in the exact layout of
-Wan2.1-T2V-1.3B with Diffusers (float32, two transformer shards), loads it with ours, and compares.
+"""At full size, on a GPU: `python tests/full_size.py [FOLDER]` writes a random checkpoint in the
+exact layout of Wan2.1-T2V-1.3B with Diffusers (float32, two transformer shards), loads it with
+ours, and compares.
 
-Prints the relative errors, seconds and peak memory; fails if ours misses a bound. Takes about two minutes on an H200,
-6 GB of disk, 30 GB of GPU memory.
+Prints the relative errors, seconds and peak memory; fails if ours misses a bound. Takes about two
+minutes on an H200, 6 GB of disk, 30 GB of GPU memory.
 """
+
 import json
 import sys
 import tempfile
@@ -21,7 +23,8 @@ REAL = HERE / "wan2.1-t2v-1.3b"
 
 
 def write(cls, part, folder):
-    """A random model of the real configuration, every parameter away from its initial zeros and ones."""
+    """A random model of the real configuration, every parameter away from its initial zeros and
+    ones."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         net = cls.from_config(json.loads((REAL / part / "config.json").read_text()))
@@ -39,7 +42,10 @@ def measure(label, run):
     start = time.time()
     result = run()
     torch.cuda.synchronize()
-    print(f"{label}: {time.time() - start:.2f} s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(
+        f"{label}: {time.time() - start:.2f} s, peak "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    )
     return result
 
 
@@ -63,19 +69,28 @@ def main(folder):
     expected = measure("transformer, float32, ours", lambda: ours(*inputs))
     del ours
     theirs = WanTransformer3DModel.from_pretrained(folder / "transformer").cuda()
-    exact = relative(expected, measure("transformer, float32, diffusers", lambda: theirs(*inputs).sample))
+    exact = relative(
+        expected, measure("transformer, float32, diffusers", lambda: theirs(*inputs).sample)
+    )
     del theirs
     start = time.time()
     ours = WanTransformer.from_pretrained(folder / "transformer", "cuda", torch.bfloat16)
     print(f"transformer, bfloat16, loaded by ours in {time.time() - start:.1f} s")
     error = relative(measure("transformer, bfloat16, ours", lambda: ours(*inputs)), expected)
     del ours
-    theirs = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16).cuda()
+    theirs = WanTransformer3DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.bfloat16
+    ).cuda()
     low = latents.bfloat16(), timestep, text.bfloat16()
-    their_error = relative(measure("transformer, bfloat16, diffusers", lambda: theirs(*low).sample), expected)
+    their_error = relative(
+        measure("transformer, bfloat16, diffusers", lambda: theirs(*low).sample), expected
+    )
     del theirs
-    print(f"transformer: float32 from diffusers' {exact:.2e}; bfloat16 from float32: ours {error:.3e}, "
-          f"diffusers' {their_error:.3e}")
+    print(
+        f"transformer: float32 from diffusers' {exact:.2e}; bfloat16 from float32: ours "
+        f"{error:.3e}, "
+        f"diffusers' {their_error:.3e}"
+    )
 
     write(AutoencoderKLWan, "vae", folder)
     video = torch.rand(1, 3, 17, 480, 832, device="cuda") * 2 - 1
@@ -84,13 +99,19 @@ def main(folder):
     theirs.enable_tiling()
     mean, std = ours.mean.cuda(), ours.std.cuda()
     encoded = measure("vae encode 480x832x17, ours", lambda: ours.encode(video))
-    their_mode = measure("vae encode 480x832x17, diffusers", lambda: theirs.encode(video).latent_dist.mode())
+    their_mode = measure(
+        "vae encode 480x832x17, diffusers", lambda: theirs.encode(video).latent_dist.mode()
+    )
     encode_error = relative(encoded, (their_mode - mean) / std)
     decoded = measure("vae decode 480x832x17, ours", lambda: ours.decode(encoded))
-    their_video = measure("vae decode 480x832x17, diffusers", lambda: theirs.decode(encoded * std + mean).sample)
+    their_video = measure(
+        "vae decode 480x832x17, diffusers", lambda: theirs.decode(encoded * std + mean).sample
+    )
     decode_error = relative(decoded, their_video.clamp(-1, 1))
-    print(f"vae: encode {encode_error:.2e}, decode {decode_error:.2e} from diffusers'; "
-          f"{(decoded.abs() < 1).float().mean():.0%} of the pixels not clamped")
+    print(
+        f"vae: encode {encode_error:.2e}, decode {decode_error:.2e} from diffusers'; "
+        f"{(decoded.abs() < 1).float().mean():.0%} of the pixels not clamped"
+    )
 
     assert exact <= 1e-5 and error <= 1.2 * their_error
     assert encode_error <= 1e-5 and decode_error <= 1e-5

@@ -1,12 +1,16 @@
-"""Break a small checkpoint at random and load it: `python tests/fuzz.py [MUTATIONS [SEED]]` (2,000 and 0 unless told).
+"""Break a small checkpoint at random and load it: `python tests/fuzz.py [MUTATIONS [SEED]]` (2,000
+and 0 unless told).
 
-Each mutation changes one file: bytes and lengths of the safetensors headers, values of the JSON files, entries of the
-index, or which files there are. What comes out must be either exactly the weights that were saved, or a ValueError of
-one short message that names the file; in a minute, without 2 GiB more memory, and without opening anything outside
-the checkpoint's folder. A crash of the process or a hang ends the script, after the mutation was printed.
+Each mutation changes one file: bytes and lengths of the safetensors headers, values of the JSON
+files, entries of the index, or which files there are. What comes out must be either exactly the
+weights that were saved, or a ValueError of one short message that names the file; in a minute,
+without 2 GiB more memory, and without opening anything outside the checkpoint's folder. A crash of
+the process or a hang ends the script, after the mutation was printed.
 
-An earlier version of this code: 2,000 mutations, 1,748 refused by name, 252 loaded to equal weights, 45 s.
+An earlier version of this code: 2,000 mutations, 1,748 refused by name, 252 loaded to equal
+weights, 45 s.
 """
+
 import collections
 import json
 import random
@@ -21,15 +25,57 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import model
 from parity import split_weights, write_random_model
 
-PARTS = {"transformer": model.WanTransformer, "vae": model.WanVAE, "text_encoder": model.TextEncoder}
+import model
+
+PARTS = {
+    "transformer": model.WanTransformer,
+    "vae": model.WanVAE,
+    "text_encoder": model.TextEncoder,
+}
 ODD_VALUES = (
-    0, 1, -1, 3, 7, 2**31, 2**32, 2**53, 2**63, 2**64 - 1, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), None,
-    True, False, "", "0", "F16", "I64", "F8_E4M3", "../outside.safetensors", "/etc/passwd", "a.safetensors\0", ".",
-    "..", "config.json", "é" * 300, [], [[]], [0, 0], [-1, 5], [2**40, 2**40], [2**64, 0], {}, {"a": {}},
-    [[[[[[[[]]]]]]]], list(range(2000)),
+    0,
+    1,
+    -1,
+    3,
+    7,
+    2**31,
+    2**32,
+    2**53,
+    2**63,
+    2**64 - 1,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    None,
+    True,
+    False,
+    "",
+    "0",
+    "F16",
+    "I64",
+    "F8_E4M3",
+    "../outside.safetensors",
+    "/etc/passwd",
+    "a.safetensors\0",
+    ".",
+    "..",
+    "config.json",
+    "é" * 300,
+    [],
+    [[]],
+    [0, 0],
+    [-1, 5],
+    [2**40, 2**40],
+    [2**64, 0],
+    {},
+    {"a": {}},
+    [[[[[[[[]]]]]]]],
+    list(range(2000)),
 )
 
 
@@ -72,7 +118,9 @@ def change_value(draw, content):
     elif change == 2 and type(content[key]) in (int, float):
         content[key] += draw.choice((-1, 1, content[key]))
     elif change == 3 and isinstance(content, dict):
-        content[draw.choice(("stray", "", "__metadata__", key + "x"))] = draw.choice((content[key], *ODD_VALUES))
+        content[draw.choice(("stray", "", "__metadata__", key + "x"))] = draw.choice(
+            (content[key], *ODD_VALUES)
+        )
     else:
         content[key] = draw.choice(ODD_VALUES)
 
@@ -80,10 +128,24 @@ def change_value(draw, content):
 def mutate(draw, folder):
     """Change one file of the checkpoint; returns what was done."""
     kind = draw.choice(
-        ("header bytes", "header values", "header length", "size", "JSON bytes", "JSON values", "index entry", "files"))
+        (
+            "header bytes",
+            "header values",
+            "header length",
+            "size",
+            "JSON bytes",
+            "JSON values",
+            "index entry",
+            "files",
+        )
+    )
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     weights = [file for file in files if file.suffix == ".safetensors"]
-    file = draw.choice(weights if kind[:4] in ("head", "size") else [file for file in files if file.suffix == ".json"])
+    file = draw.choice(
+        weights
+        if kind[:4] in ("head", "size")
+        else [file for file in files if file.suffix == ".json"]
+    )
     if kind == "header bytes":
         header, data = header_of(file)
         length = len(header)
@@ -97,7 +159,12 @@ def mutate(draw, folder):
     elif kind == "header length":
         header, data = header_of(file)
         near = len(header) + draw.randrange(-9, 10)
-        write_header(file, header, data, draw.choice((near, near, 0, 1, 8, 2**20, 2**31, 2**40, 2**63, 2**64 - 1)))
+        write_header(
+            file,
+            header,
+            data,
+            draw.choice((near, near, 0, 1, 8, 2**20, 2**31, 2**40, 2**63, 2**64 - 1)),
+        )
     elif kind == "size":
         content = file.read_bytes()
         end = draw.choice((draw.randrange(len(content)), draw.randrange(16), len(content) - 1))
@@ -117,7 +184,9 @@ def mutate(draw, folder):
         file.write_text(json.dumps(content))
     else:
         file, other = draw.choice(files), draw.choice(files)
-        change = draw.choice(("removed", "emptied", "a folder", f"now {other.relative_to(folder)}", "a link out"))
+        change = draw.choice(
+            ("removed", "emptied", "a folder", f"now {other.relative_to(folder)}", "a link out")
+        )
         content = other.read_bytes()
         file.unlink()
         if change == "emptied":
@@ -138,10 +207,13 @@ def load_whole(cls, folder):
 
 
 def load(folder):
-    """Everything in the checkpoint, {part: state dict}. The text encoder also encodes: the tokenizer may be broken."""
+    """Everything in the checkpoint, {part: state dict}. The text encoder also encodes: the
+    tokenizer may be broken."""
     models = {part: load_whole(cls, folder / part) for part, cls in PARTS.items()}
     tokenizer = model.load_tokenizer(folder / "tokenizer", 16)
-    model.encode_prompt(model.TextEncoder.from_pretrained(folder / "text_encoder"), tokenizer, ["a red fish", ""])
+    model.encode_prompt(
+        model.TextEncoder.from_pretrained(folder / "text_encoder"), tokenizer, ["a red fish", ""]
+    )
     return {part: model.state_dict() for part, model in models.items()}
 
 
@@ -160,15 +232,19 @@ def main(mutations, seed, folder):
         write_random_model(folder / name, heads=2, head_dim=12)
         split_weights(folder / name / "transformer")
     shutil.copy(folder / "outside" / "vae" / "model.safetensors", folder / "outside.safetensors")
-    expected = {part: {name: tensor.clone() for name, tensor in state.items()}
-                for part, state in load(folder / "whole").items()}
+    expected = {
+        part: {name: tensor.clone() for name, tensor in state.items()}
+        for part, state in load(folder / "whole").items()
+    }
 
     opened, safe_open = [], model.safe_open
     sys.addaudithook(lambda event, arguments: event == "open" and opened.append(arguments[0]))
     model.safe_open = lambda file, framework: (opened.append(file), safe_open(file, framework))[1]
 
     broken = folder / "broken"
-    before = 2**10 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+    before = 2**10 * int(
+        next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]
+    )
     resource.setrlimit(resource.RLIMIT_AS, (before + 2**31, resource.RLIM_INFINITY))
     for number in range(mutations):
         shutil.copytree(folder / "whole", broken)
@@ -191,8 +267,11 @@ def main(mutations, seed, folder):
         outcomes[outcome] += 1
         shutil.rmtree(broken)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-    print(f"\r{mutations} mutations, seed {seed}: {outcomes['refused']} refused, {outcomes['loaded']} loaded to equal "
-          f"weights{'':60}")
+    print(
+        f"\r{mutations} mutations, seed {seed}: {outcomes['refused']} refused, "
+        f"{outcomes['loaded']} loaded to equal "
+        f"weights{'':60}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Kill a run at random moments, go on with it, and compare: `python tests/kill.py [KILLS]` (50 unless told).
+"""Kill a run at random moments, go on with it, and compare: `python tests/kill.py [KILLS]` (50
+unless told).
 
-A small run of the bundled model is killed (SIGKILL) again and again, and resumed each time, until it comes to its end;
-then a new one is begun, until enough kills were made. The final latents must be those of a run that was never killed,
-bit for bit, whatever files the kills left behind. Prints where the kills struck. An earlier version of this code: 50
-kills in 15 runs of 12 s, over all stages, and 15 times the same latents.
+A small run of the bundled model is killed (SIGKILL) again and again, and resumed each time, until
+it comes to its end; then a new one is begun, until enough kills were made. The final latents must
+be those of a run that was never killed, bit for bit, whatever files the kills left behind. Prints
+where the kills struck. An earlier version of this code: 50 kills in 15 runs of 12 s, over all
+stages, and 15 times the same latents.
 """
+
 import collections
 import random
 import subprocess
@@ -16,10 +19,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from command import latents, start
 
-SETTINGS = ["--size", "224x144", "--frames", "5", "--steps", "12", "--strength", "0.8", "--cache-interval", "2",
-            "--device", "cpu"]
-STAGES = ["run.json", "state/base.safetensors", "state/encode.safetensors", "state/refine-progress.safetensors",
-          "state/refine.safetensors", "freeswim.mp4"]  # in the order of appearance
+SETTINGS = [
+    "--size",
+    "224x144",
+    "--frames",
+    "5",
+    "--steps",
+    "12",
+    "--strength",
+    "0.8",
+    "--cache-interval",
+    "2",
+    "--device",
+    "cpu",
+]
+STAGES = [
+    "run.json",
+    "state/base.safetensors",
+    "state/encode.safetensors",
+    "state/refine-progress.safetensors",
+    "state/refine.safetensors",
+    "freeswim.mp4",
+]  # in the order of appearance
 
 
 def finish(process):
@@ -28,7 +49,13 @@ def finish(process):
 
 
 def begin_or_resume(output):
-    return start(*(["--resume", output] if (output / "run.json").exists() else [*SETTINGS, "--output", output]))
+    return start(
+        *(
+            ["--resume", output]
+            if (output / "run.json").exists()
+            else [*SETTINGS, "--output", output]
+        )
+    )
 
 
 def check(output, expected):
@@ -53,7 +80,11 @@ def at_every_stage(folder):
 
 def furthest(folder):
     """The newest whole file that a killed run has left behind."""
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(("part-", ".tmp"))]
+    files = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not file.name.startswith(("part-", ".tmp"))
+    ]
     return max(files, key=lambda file: file.stat().st_mtime_ns).name if files else "nothing"
 
 
@@ -77,8 +108,12 @@ def main(kills, folder):
                 finish(process)
                 break
         check(output, latents(folder / "whole"))
-    print(f"{struck.total()} kills in {runs} runs of {seconds:.0f} s, the latents always the same. The newest file "
-          "that the killed left: " + ", ".join(f"{name} {count}" for name, count in struck.most_common()))
+    print(
+        f"{struck.total()} kills in {runs} runs of {seconds:.0f} s, the latents always "
+        f"the same. The newest file "
+        "that the killed left: "
+        + ", ".join(f"{name} {count}" for name, count in struck.most_common())
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the parity tests share: random weights that hide nothing, large checkpoints, and the memory
 that a script needs."""
+
 import json
 import math
 import os
@@ -18,8 +19,9 @@ TESTS = Path(__file__).parent
 
 @torch.no_grad()
 def randomise(model, seed=0):
-    """Every parameter of `model` at random: gains around one, biases and tables around zero, matrices so that signals
-    keep their size. Freshly built references have many zeros and ones, behind which an error could hide."""
+    """Every parameter of `model` at random: gains around one, biases and tables around zero,
+    matrices so that signals keep their size. Freshly built references have many zeros and ones,
+    behind which an error could hide."""
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
@@ -33,11 +35,12 @@ def randomise(model, seed=0):
 
 
 def peak_memory(script, *arguments):
-    """How many bytes the peak of a process rises above what the imports take while it runs `script`.
+    """How many bytes the peak of a process rises above what the imports take while it runs
+    `script`.
 
-    What counts is what the kernel calls the resident set: everything the process allocated, and those pages of mapped
-    checkpoint files that it has read and still maps. `script` runs in a process of its own, one thread, with
-    `model` imported, and finds `arguments` in sys.argv[1:].
+    What counts is what the kernel calls the resident set: everything the process allocated, and
+    those pages of mapped checkpoint files that it has read and still maps. `script` runs in a
+    process of its own, one thread, with `model` imported, and finds `arguments` in sys.argv[1:].
     """
     prelude = """
 import sys
@@ -48,22 +51,35 @@ torch.nn.functional.conv3d(torch.rand(1, 4, 3, 8, 8), torch.rand(4, 4, 3, 3, 3))
 torch.randn(1, device="meta") / 2  # the first one makes torch import 70 MB of itself
 
 def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
 
 before = status("VmRSS")
 """
     run = subprocess.run(
-        [sys.executable, "-c", prelude + script + "\nprint(status('VmHWM') - before)", *map(str, arguments)],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed memory goes back at once: no fragments count
+        [
+            sys.executable,
+            "-c",
+            prelude + script + "\nprint(status('VmHWM') - before)",
+            *map(str, arguments),
+        ],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        },  # freed memory goes back at once: no fragments count
     )
     assert run.returncode == 0, run.stderr
     return int(run.stdout.split()[-1])
 
 
 def write_checkpoint(folder, config, shapes, shards):
-    """A checkpoint for measuring: tensors of the given names and shapes, spread over `shards` files of about the same
-    size, with an index. Never more than one file in memory. Returns the bytes of its tensors, float32."""
+    """A checkpoint for measuring: tensors of the given names and shapes, spread over `shards` files
+    of about the same size, with an index. Never more than one file in memory. Returns the bytes of
+    its tensors, float32."""
     (folder / "config.json").write_text(json.dumps(config))
     total, sizes = 4 * sum(math.prod(shape) for shape in shapes.values()), []
     files = [{} for _ in range(shards)]
@@ -80,8 +96,8 @@ def write_checkpoint(folder, config, shapes, shards):
 
 
 def write_random_model(folder, heads, head_dim):
-    """A whole model, Diffusers layout, of random weights: a transformer of one layer, the reference's VAE, a small text
-    encoder, and the bundled model's words."""
+    """A whole model, Diffusers layout, of random weights: a transformer of one layer, the
+    reference's VAE, a small text encoder, and the bundled model's words."""
     (folder / "tokenizer").mkdir()
     words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
     reference, published = TESTS / "reference" / "wide", TESTS / "wan2.1-t2v-1.3b"
@@ -89,10 +105,19 @@ def write_random_model(folder, heads, head_dim):
     transformer |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": 1}
     vae = json.loads((reference / "vae" / "config.json").read_text())
     text = json.loads((published / "text_encoder" / "config.json").read_text())
-    text |= {"vocab_size": words, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    text |= {
+        "vocab_size": words,
+        "d_model": 24,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     torch.manual_seed(0)
     for part, cls, config in (
-        ("transformer", WanTransformer, transformer), ("vae", WanVAE, vae), ("text_encoder", TextEncoder, text),
+        ("transformer", WanTransformer, transformer),
+        ("vae", WanVAE, vae),
+        ("text_encoder", TextEncoder, text),
     ):
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))

@@ -1,9 +1,11 @@
 """Compares a port's tensors with the reference: `python tests/port_check.py YOUR.safetensors`.
 
-Put into YOUR file whatever you have, by the names of tests/reference/README.md; a batch of one may stay. There is a
-line for each: what is wrong comes first, and of that what is computed first, with the place in our code to look at.
-Exits with 1 if anything is wrong, with 2 if there is nothing to compare.
+Put into YOUR file whatever you have, by the names of tests/reference/README.md; a batch of one may
+stay. There is a line for each: what is wrong comes first, and of that what is computed first, with
+the place in our code to look at. Exits with 1 if anything is wrong, with 2 if there is nothing to
+compare.
 """
+
 import re
 import sys
 from pathlib import Path
@@ -34,7 +36,9 @@ PLACES = {  # in the order of the computation: what the names begin with, and wh
     r"dit\.block0\.(query|key)\.rotated": "model.py: rotate",
     r"dit\.block0\.attended": "freeswim.py: inward_mask, dense_window, attention_scale",
     r"dit\.block0\.self_attention": "model.py: Block.self_attention",
-    r"dit\.block0\.cross_attention": "model.py: Block.cross_attention; freeswim.py: predict, of the full path",
+    r"dit\.block0\.cross_attention": (
+        "model.py: Block.cross_attention; freeswim.py: predict, of the full path"
+    ),
     r"dit\.block\d+\.full_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
     r"dit\.block\d+\.window_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
     r"dit\.velocity": "model.py: WanTransformer.unembed",
@@ -56,7 +60,9 @@ def reference():
     odd = load_file(REFERENCE / "odd" / "expected.safetensors")
     found = load_file(REFERENCE / "steps.safetensors") | {"refine.cache3": odd["cache3.latents"]}
     found |= {f"refine.step{index}": latents for index, latents in enumerate(odd["nocache.trace"])}
-    found |= {name: x for name, x in odd.items() if any(re.match(pattern, name) for pattern in PLACES)}
+    found |= {
+        name: x for name, x in odd.items() if any(re.match(pattern, name) for pattern in PLACES)
+    }
     return {name: found[name] for name in sorted(found, key=lambda name: (rank(name), name))}
 
 
@@ -70,21 +76,41 @@ def off(actual, expected):
 
 
 def compare(port):
-    """Of every array of a port: whether it is wrong, its name, and the line that says so; what is wrong first."""
+    """Of every array of a port: whether it is wrong, its name, and the line that says so; what is
+    wrong first."""
     known, places = reference(), list(PLACES.values())
-    lines = [(True, name, f"UNKNOWN {name}: no such name; tests/reference/README.md has them all")
-             for name in sorted(port.keys() - known.keys())]
+    lines = [
+        (True, name, f"UNKNOWN {name}: no such name; tests/reference/README.md has them all")
+        for name in sorted(port.keys() - known.keys())
+    ]
     for name, expected in ((name, known[name]) for name in known if name in port):
         place, limit = places[rank(name)], 1e-3 if name.startswith("refine") else 1e-4
         actual = port[name].astype(np.float64)
-        if actual.size != expected.size or actual.shape[-expected.ndim :] != expected.shape[-actual.ndim :]:
-            lines.append((True, name, f"WRONG {name}: is {actual.shape}, should be {expected.shape}; see {place}"))
+        if (
+            actual.size != expected.size
+            or actual.shape[-expected.ndim :] != expected.shape[-actual.ndim :]
+        ):
+            lines.append(
+                (
+                    True,
+                    name,
+                    f"WRONG {name}: is {actual.shape}, should be {expected.shape}; see {place}",
+                )
+            )
             continue
         error = off(actual, expected.astype(np.float64).reshape(actual.shape))
         wrong = not error <= limit
-        lines.append((wrong, name, f"{'WRONG' if wrong else 'right'} {name}: {error:.1e} off, at most {limit:.0e}"
-                                   + f"; see {place}" * wrong))
-    return sorted(lines, key=lambda line: not line[0])  # stable: the order of the computation is kept
+        lines.append(
+            (
+                wrong,
+                name,
+                f"{'WRONG' if wrong else 'right'} {name}: {error:.1e} off, at most {limit:.0e}"
+                + f"; see {place}" * wrong,
+            )
+        )
+    return sorted(
+        lines, key=lambda line: not line[0]
+    )  # stable: the order of the computation is kept
 
 
 def main():
@@ -94,8 +120,11 @@ def main():
     try:
         lines = compare(load_file(sys.argv[1]))
     except (OSError, SafetensorError) as error:
-        print(f"port_check.py: {sys.argv[1]} is no safetensors file ({error}); write one with your tensors",
-              file=sys.stderr)
+        print(
+            f"port_check.py: {sys.argv[1]} is no safetensors file ({error}); write one "
+            f"with your tensors",
+            file=sys.stderr,
+        )
         return 2
     print(*(line for *_, line in lines), sep="\n")
     return 2 if not lines else int(any(wrong for wrong, *_ in lines))

@@ -1,17 +1,21 @@
-"""What test_parallel.py runs: `torchrun --nproc-per-node N tests/ranks.py DEVICE`. Every rank first does all the work
-alone, then its share of it, and compares: on a CPU through Gloo, on GPUs (`cuda`) through NCCL."""
+"""What test_parallel.py runs: `torchrun --nproc-per-node N tests/ranks.py DEVICE`. Every rank first
+does all the work alone, then its share of it, and compares: on a CPU through Gloo, on GPUs (`cuda`)
+through NCCL."""
+
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from freeswim import generate, upsample
-from model import WanTransformer, WanVAE
 from oracle import relative
 from references import REFERENCE, load, refined
+
+from freeswim import generate, upsample
+from model import WanTransformer, WanVAE
 from support import parallel
 
 
@@ -26,31 +30,47 @@ def main():
         expected = refined(case, cache_interval=interval)
         whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
         for shard in (False, True):
-            case.transformer = parallel.SharedTransformer.from_pretrained(folder, device, shard=shard)
+            case.transformer = parallel.SharedTransformer.from_pretrained(
+                folder, device, shard=shard
+            )
             seen = []
             case.transformer.blocks[0].ffn.register_forward_hook(
-                lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+                lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape[1])
+            )
             assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
             assert max(seen) <= -(-math.prod(case.meta["grid"]) // ranks)  # only its own tokens
         steps = len(case.meta["timesteps"])
         attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
-        sent = traded(lambda: refined(case, cache_interval=interval))
+        sent = traded(partial(refined, case, cache_interval=interval))
         assert sent == attentions * formula(case.transformer, case.meta)
-        started = count_collectives(lambda: [block.eps for block in case.transformer.blocks])
+        blocks = case.transformer.blocks
+        started = count_collectives(lambda blocks=blocks: [block.eps for block in blocks])
         assert started == 0  # nobody talks because somebody looks at the blocks
         for block in case.transformer.blocks:
             block.reshard()
-        own = sum(parameter.to_local().numel() for parameter in case.transformer.blocks.parameters())
+        own = sum(
+            parameter.to_local().numel() for parameter in case.transformer.blocks.parameters()
+        )
         assert own <= 1.2 * whole / ranks + 1000  # only its share of the weights
         exact = parallel.SharedTransformer.from_pretrained(folder, device, torch.bfloat16)
-        case.transformer = parallel.SharedTransformer.from_pretrained(folder, device, torch.bfloat16, shard=True)
+        case.transformer = parallel.SharedTransformer.from_pretrained(
+            folder, device, torch.bfloat16, shard=True
+        )
         low = refined(case, cache_interval=interval)
         case.transformer = exact
-        assert relative(low, refined(case, cache_interval=interval)) <= 1e-5  # spread weights are the same weights
+        assert (
+            relative(low, refined(case, cache_interval=interval)) <= 1e-5
+        )  # spread weights are the same weights
 
     torch.manual_seed(0)
-    config = {**exact.config, "num_attention_heads": 5, "attention_head_dim": 12}  # heads that cannot be shared evenly
-    alone, shared = (cls(config).eval().to(device) for cls in (WanTransformer, parallel.SharedTransformer))
+    config = {
+        **exact.config,
+        "num_attention_heads": 5,
+        "attention_head_dim": 12,
+    }  # heads that cannot be shared evenly
+    alone, shared = (
+        cls(config).eval().to(device) for cls in (WanTransformer, parallel.SharedTransformer)
+    )
     shared.load_state_dict(alone.state_dict())
     folder = REFERENCE / "wide" / "vae"
     text, negative = torch.randn(2, 2, 7, config["text_dim"]).to(device)
@@ -63,17 +83,26 @@ def main():
         return base, latents, vae.decode(latents)
 
     expected = results(alone, WanVAE.from_pretrained(folder, device))
-    for result, one in zip(results(shared, parallel.SharedVAE.from_pretrained(folder, device)), expected, strict=True):
+    for result, one in zip(
+        results(shared, parallel.SharedVAE.from_pretrained(folder, device)), expected, strict=True
+    ):
         assert relative(result, one) <= 1e-5
     print(f"rank {dist.get_rank()} of {ranks} agrees")
 
 
 def formula(transformer, meta):
-    """Bytes that all ranks together send for one self-attention in every block: query, key, value and the result, but
-    for what each has already: of its tokens, its heads. README.md projects from it what more GPUs would give."""
+    """Bytes that all ranks together send for one self-attention in every block: query, key, value
+    and the result, but for what each has already: of its tokens, its heads. README.md projects from
+    it what more GPUs would give."""
     tokens, heads, ranks = math.prod(meta["grid"]), transformer.heads, dist.get_world_size()
-    own = sum(len(mine) * len(its) for mine, its in zip(torch.arange(tokens).tensor_split(ranks),
-                                                        torch.arange(heads).tensor_split(ranks)))
+    own = sum(
+        len(mine) * len(its)
+        for mine, its in zip(
+            torch.arange(tokens).tensor_split(ranks),
+            torch.arange(heads).tensor_split(ranks),
+            strict=True,
+        )
+    )
     return 4 * len(transformer.blocks) * (tokens * heads - own) * transformer.head_dim * 4
 
 

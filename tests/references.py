@@ -1,5 +1,7 @@
-"""The two reference sets, `reference/wide` and `reference/odd`: what the authors' code computed, in float32 on a CPU,
-with two tiny random models. The authors hard-code 1560 native tokens, whatever the model; so `scale_tokens` is 1560."""
+"""The two reference sets, `reference/wide` and `reference/odd`: what the authors' code computed, in
+float32 on a CPU, with two tiny random models. The authors hard-code 1560 native tokens, whatever
+the model; so `scale_tokens` is 1560."""
+
 import json
 from functools import partial
 from pathlib import Path
@@ -21,16 +23,23 @@ def names(case):
         return sorted(tensors.keys())
 
 
-REFINEMENTS = [(case, name) for case in ("wide", "odd") for name in names(case) if name.endswith(".latents")]
+REFINEMENTS = [
+    (case, name) for case in ("wide", "odd") for name in names(case) if name.endswith(".latents")
+]
 
 
 def interval_of(tensor):
     """The cache interval of a refinement: of "cache5.latents" 5, of "nocache.latents" None."""
-    return None if tensor == "nocache.latents" else int(tensor.removeprefix("cache").removesuffix(".latents"))
+    return (
+        None
+        if tensor == "nocache.latents"
+        else int(tensor.removeprefix("cache").removesuffix(".latents"))
+    )
 
 
 def load(name):
-    """A reference set: its models, its expected tensors, and what the authors' settings make of them."""
+    """A reference set: its models, its expected tensors, and what the authors' settings make of
+    them."""
     folder = REFERENCE / name
     meta = json.loads((folder / "meta.json").read_text())
     transformer = WanTransformer.from_pretrained(folder / "transformer")
@@ -50,11 +59,17 @@ def load(name):
 def refined(case, latents=None, **options):
     """The refinement with the settings of the reference set, but for `options`."""
     meta, expected = case.meta, case.expected
-    settings = {name: meta[name] for name in ("native", "steps", "strength", "flow_shift", "guidance")}
-    settings |= {"scale_tokens": meta["attention_base_tokens"],
-                 "generator": torch.Generator().manual_seed(meta["noise_seed"])}
+    settings = {
+        name: meta[name] for name in ("native", "steps", "strength", "flow_shift", "guidance")
+    }
+    settings |= {
+        "scale_tokens": meta["attention_base_tokens"],
+        "generator": torch.Generator().manual_seed(meta["noise_seed"]),
+    }
     latents = expected["encoded"] if latents is None else latents
-    return refine(case.transformer, latents, expected["text"], expected["negative"], **(settings | options))
+    return refine(
+        case.transformer, latents, expected["text"], expected["negative"], **(settings | options)
+    )
 
 
 def as_clip(video):

@@ -1,4 +1,5 @@
 """The functions that others build on: what does not fit is a ValueError that says so."""
+
 import pytest
 import torch
 from references import load, refined
@@ -12,15 +13,19 @@ def case():
     return load("odd")
 
 
-@pytest.mark.parametrize("change", [
-    {"latents": lambda x: x[:, :1]},  # one channel
-    {"latents": lambda x: x[..., :-1]},  # an odd side
-    {"latents": lambda x: torch.cat([x, x])},  # another batch
-    {"text": lambda x: torch.cat([x, x])},
-    {"timestep": lambda x: int(x[0])},
-    {"timestep": lambda x: x[0]},
-    {"timestep": lambda x: torch.cat([x, x])},
-], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latents": lambda x: x[:, :1]},  # one channel
+        {"latents": lambda x: x[..., :-1]},  # an odd side
+        {"latents": lambda x: torch.cat([x, x])},  # another batch
+        {"text": lambda x: torch.cat([x, x])},
+        {"timestep": lambda x: int(x[0])},
+        {"timestep": lambda x: x[0]},
+        {"timestep": lambda x: torch.cat([x, x])},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_inputs_of_a_pass(case, change):
     inputs = {name: case.expected[name] for name in ("latents", "timestep", "text")}
     inputs |= {name: alter(inputs[name]) for name, alter in change.items()}
@@ -48,8 +53,13 @@ def test_kind_and_steps(case):
     with pytest.raises(ValueError, match="1 steps"):
         refined(case, steps=1)
     with pytest.raises(ValueError, match="latents"):
-        refine(case.transformer, case.expected["encoded"][0], case.expected["text"], case.expected["negative"],
-               native=(3, 4))
+        refine(
+            case.transformer,
+            case.expected["encoded"][0],
+            case.expected["text"],
+            case.expected["negative"],
+            native=(3, 4),
+        )
 
 
 def test_a_state_between_refreshes_of_the_cache(case):
@@ -61,15 +71,20 @@ def test_a_state_between_refreshes_of_the_cache(case):
         refined(case, cache_interval=2, state=states[1])
 
 
-@pytest.mark.parametrize("steps, strength", [(100, 0.29), (50, 0.7), (10, 0.3), (100, 0.57), (20, 0.55)])
+@pytest.mark.parametrize(
+    "steps, strength", [(100, 0.29), (50, 0.7), (10, 0.3), (100, 0.57), (20, 0.55)]
+)
 def test_as_many_steps_remain_as_in_diffusers(steps, strength):
-    """Rounded down, even where the product lies a hair below a whole number: Diffusers' pipeline does the same."""
+    """Rounded down, even where the product lies a hair below a whole number: Diffusers' pipeline
+    does the same."""
     from diffusers import WanVideoToVideoPipeline
 
     from freeswim import FlowUniPC
 
     stub = type("Stub", (), {"scheduler": type("Scheduler", (), {"order": 1})})
-    timesteps, _ = WanVideoToVideoPipeline.get_timesteps(stub, steps, list(range(steps)), strength, "cpu")
+    timesteps, _ = WanVideoToVideoPipeline.get_timesteps(
+        stub, steps, list(range(steps)), strength, "cpu"
+    )
     assert len(FlowUniPC(steps, 9.0, strength).timesteps) == len(timesteps)
 
 

@@ -1,5 +1,6 @@
-"""What is faster, or takes less of a GPU's memory, gives the same numbers. On a CPU, the same code runs without its
-streams; tests/test_gpu.py runs it with them."""
+"""What is faster, or takes less of a GPU's memory, gives the same numbers. On a CPU, the same code
+runs without its streams; tests/test_gpu.py runs it with them."""
+
 import math
 import shutil
 import sys
@@ -28,7 +29,11 @@ def test_rotation_as_compilers_see_it():
     x, rotary = torch.randn(2, 24, 3, 20), model.rotary_table((2, 3, 4), 20, "cpu")
     compiled = torch.compile(model.rotate, backend="eager", fullgraph=True)
     assert relative(compiled(x, rotary), model.rotate(x, rotary)) <= 1e-6
-    assert compiled(x.bfloat16(), rotary).dtype == model.rotate(x.bfloat16(), rotary).dtype == torch.bfloat16
+    assert (
+        compiled(x.bfloat16(), rotary).dtype
+        == model.rotate(x.bfloat16(), rotary).dtype
+        == torch.bfloat16
+    )
 
 
 @torch.no_grad()
@@ -37,20 +42,26 @@ def test_feed_forward_in_pieces():
     tokens, modulation = torch.randn(2, 50, 32), torch.randn(2, 6, 32)
     whole = block.feed_forward(tokens, modulation)
     largest = []
-    block.ffn[0].register_forward_hook(lambda layer, inputs, output: largest.append(output.shape[1]))
+    block.ffn[0].register_forward_hook(
+        lambda layer, inputs, output: largest.append(output.shape[1])
+    )
     block.piece = 7
     assert (block.feed_forward(tokens, modulation) - whole).abs().max() <= 1e-6 * whole.abs().max()
     assert largest == 7 * [7] + [1]
 
 
 @pytest.mark.parametrize("kind", ["inward", "clipped"])
-@pytest.mark.parametrize("grid, window", [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3)),
-                                          ((4, 8, 8), (5, 5))])
-@pytest.mark.parametrize("options", [{}, freeswim.FLEX_OPTIONS[9], freeswim.FLEX_OPTIONS["flash-attn-4"]])
+@pytest.mark.parametrize(
+    "grid, window",
+    [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3)), ((4, 8, 8), (5, 5))],
+)
+@pytest.mark.parametrize(
+    "options", [{}, freeswim.FLEX_OPTIONS[9], freeswim.FLEX_OPTIONS["flash-attn-4"]]
+)
 def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
-    """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, its blocks (as PyTorch finds
-    them by looking at all pairs), the heads in groups, the filled last block, and what is cut off again.
-    tests/test_gpu.py has the true one."""
+    """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, its blocks
+    (as PyTorch finds them by looking at all pairs), the heads in groups, the filled last block, and
+    what is cut off again. tests/test_gpu.py has the true one."""
 
     def flex_attention(query, key, value, block_mask, scale, kernel_options):
         assert query.shape[1] <= 4 and query.is_contiguous() and kernel_options is options
@@ -58,18 +69,26 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
         assert tokens % size == 0 and tokens % 128 == 0
         index = torch.arange(tokens)
         visible = block_mask.mask_mod(0, 0, index[:, None], index)
-        seen, own = torch.zeros(tokens, tokens, dtype=torch.bool), math.prod(grid) // size  # blocks without filling
+        seen, own = (
+            torch.zeros(tokens, tokens, dtype=torch.bool),
+            math.prod(grid) // size,
+        )  # blocks without filling
         theirs = create_block_mask(block_mask.mask_mod, None, None, tokens, tokens, "cpu", size)
         assert block_mask.seq_lengths == theirs.seq_lengths
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
             ours, expected = getattr(block_mask, name), getattr(theirs, name)
-            assert (ours.dtype, ours.shape, ours.stride()) == (expected.dtype, expected.shape, expected.stride())
+            assert (ours.dtype, ours.shape, ours.stride()) == (
+                expected.dtype,
+                expected.shape,
+                expected.stride(),
+            )
             assert torch.equal(ours[0, 0, :own], expected[0, 0, :own])
         for row in range(tokens // size):
             block = slice(row * size, (row + 1) * size)
             for counts, indices, mask in (
-                    (block_mask.kv_num_blocks, block_mask.kv_indices, visible[block]),
-                    (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, visible[block] | True)):
+                (block_mask.kv_num_blocks, block_mask.kv_indices, visible[block]),
+                (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, visible[block] | True),
+            ):
                 for other in indices[0, 0, row, : counts[0, 0, row]].tolist():
                     keys = slice(other * size, (other + 1) * size)
                     seen[block, keys] = mask[:, keys]
@@ -81,7 +100,9 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
     create_block_mask = torch.nn.attention.flex_attention.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
-    query, key, value = torch.randn(3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1))
+    query, key, value = torch.randn(
+        3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1)
+    )
     attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", options)(query, key, value)
     expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
     assert relative(attended, expected) <= 1e-6
@@ -92,9 +113,13 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
 def test_the_true_flex_attention_on_a_cpu(kind):
     """Compiled for a CPU, it reads the same lists of blocks as on a GPU."""
     grid, window = (5, 12, 14), (5, 7)
-    query, key, value = torch.randn(3, 1, 2, math.prod(grid), 16, generator=torch.Generator().manual_seed(1))
+    query, key, value = torch.randn(
+        3, 1, 2, math.prod(grid), 16, generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
-        attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", {"BLOCK_M": 64})(query, key, value)
+        attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", {"BLOCK_M": 64})(
+            query, key, value
+        )
     expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
     assert relative(attended, expected) <= 1e-5
 
@@ -104,7 +129,10 @@ def test_without_flash_attention_a_line_says_so(monkeypatch, capsys):
     assert fast.window_for(torch.device("cuda"), torch.bfloat16, 128) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Triton" in said and "flash_attn" in said
-    assert fast.window_for(torch.device("cuda"), torch.float32, 128) is None and capsys.readouterr().err == ""
+    assert (
+        fast.window_for(torch.device("cuda"), torch.float32, 128) is None
+        and capsys.readouterr().err == ""
+    )
 
 
 def test_refine_takes_another_window(case):
@@ -123,7 +151,9 @@ def test_refine_takes_another_window(case):
 def test_features_on_the_cpu(case, interval):
     features = memory.FeaturesOnCPU("cpu")
     for k in (interval, 2):  # the second time, it holds features of the first
-        assert torch.equal(refined(case, cache_interval=k, features=features), refined(case, cache_interval=k))
+        assert torch.equal(
+            refined(case, cache_interval=k, features=features), refined(case, cache_interval=k)
+        )
     assert len(features) == len(case.transformer.blocks)
     larger = freeswim.upsample(case.expected["encoded"], 20, 22)
     for latents in (larger, None):  # and of another size
@@ -140,19 +170,25 @@ def test_streamed_blocks(case):
     assert len(slots) == 2 <= len(streamed.transformer.blocks)
 
 
-@pytest.mark.parametrize("free, typed, expected", [
-    (40, {}, ("gpu", False)),
-    (20, {}, ("cpu", False)),
-    (20, dict(cache_interval=None), ("gpu", False)),
-    (8, {}, ("cpu", True)),
-    (8, dict(offload=False), ("cpu", False)),
-    (40, dict(features="cpu", offload=True), ("cpu", True)),
-    (20, dict(features="gpu"), ("gpu", True)),
-])
+@pytest.mark.parametrize(
+    "free, typed, expected",
+    [
+        (40, {}, ("gpu", False)),
+        (20, {}, ("cpu", False)),
+        (20, dict(cache_interval=None), ("gpu", False)),
+        (8, {}, ("cpu", True)),
+        (8, dict(offload=False), ("cpu", False)),
+        (40, dict(features="cpu", offload=True), ("cpu", True)),
+        (20, dict(features="gpu"), ("gpu", True)),
+    ],
+)
 def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     """The 1.3B model at 1088x1920 and 81 frames: features take 14.7 GiB, weights 2.6."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
-    settings = dict(features=None, offload=None, cache_interval=5, frames=81, computed=(1088, 1920)) | typed
+    settings = (
+        dict(features=None, offload=None, cache_interval=5, frames=81, computed=(1088, 1920))
+        | typed
+    )
     args = SimpleNamespace(**settings)
     config = model.read_json(Path(__file__).parent / "wan2.1-t2v-1.3b/transformer/config.json")
     with torch.device("meta"):

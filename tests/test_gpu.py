@@ -1,4 +1,6 @@
-"""What only a GPU can show: the FlexAttention window, in float32 and bfloat16, and the refinement that runs on it."""
+"""What only a GPU can show: the FlexAttention window, in float32 and bfloat16, and the refinement
+that runs on it."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def exact_float32():
-    """No TF32 in convolutions either (in matrix products it is off by default): float32 shall mean float32."""
+    """No TF32 in convolutions either (in matrix products it is off by default): float32 shall mean
+    float32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
 
@@ -39,13 +42,17 @@ def tokens(grid, head_dim, heads=3):
 )
 def test_flex_window_is_the_textbooks(grid, window, head_dim, kind):
     query, key, value = tokens(grid, head_dim)
-    expected = window_attention(query, key, value, token_mask(grid, window, kind).cuda(), scale=0.37)
+    expected = window_attention(
+        query, key, value, token_mask(grid, window, kind).cuda(), scale=0.37
+    )
     attend = flex_window(grid, window, scale=0.37, kind=kind, device="cuda")
     assert relative(attend(query, key, value), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["inward", "clipped"])
-@pytest.mark.parametrize("grid, window, head_dim", [((21, 9, 8), (5, 5), 32), ((5, 45, 60), (31, 53), 128)])
+@pytest.mark.parametrize(
+    "grid, window, head_dim", [((21, 9, 8), (5, 5), 32), ((5, 45, 60), (31, 53), 128)]
+)
 def test_flex_window_in_bfloat16(grid, window, head_dim, kind):
     query, key, value = tokens(grid, head_dim, heads=1)
     mask = token_mask(grid, window, kind).cuda()
@@ -55,28 +62,36 @@ def test_flex_window_in_bfloat16(grid, window, head_dim, kind):
     assert attended.dtype == torch.bfloat16
     error = relative(attended, expected)
     assert error <= 1e-2
-    assert error <= 1.2 * relative(F.scaled_dot_product_attention(query, key, value, attn_mask=mask), expected)
+    assert error <= 1.2 * relative(
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask), expected
+    )
 
 
 def test_flex_window_at_the_size_it_is_for(monkeypatch):
-    """1088 x 1920 x 81: equal to the groups, and far from holding a mask of (T*H*W)^2, which would take 27 GiB; even
-    after more grids than torch.compile, unasked, compiles one function for."""
+    """1088 x 1920 x 81: equal to the groups, and far from holding a mask of (T*H*W)^2, which would
+    take 27 GiB; even after more grids than torch.compile, unasked, compiles one function for."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     flex_window((1, 4, 8), (3, 3), device="cuda")(*tokens((1, 4, 8), head_dim=16))
     grid, window = (21, 68, 120), (31, 53)
-    query, key, value = torch.randn(3, 1, 1, 21 * 68 * 120, 128, device="cuda", dtype=torch.bfloat16)
+    query, key, value = torch.randn(
+        3, 1, 1, 21 * 68 * 120, 128, device="cuda", dtype=torch.bfloat16
+    )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     attended = flex_window(grid, window, device="cuda")(query, key, value)
     assert torch.cuda.max_memory_allocated() - before <= 2 * 2**30
-    assert relative(attended, grouped_window(grid, window, device="cuda")(query, key, value)) <= 1e-2
+    assert (
+        relative(attended, grouped_window(grid, window, device="cuda")(query, key, value)) <= 1e-2
+    )
 
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(name, tensor):
     case = on_gpu(name)
     case.transformer.cuda()
-    assert relative(refined(case, cache_interval=interval_of(tensor)), case.expected[tensor]) <= 1e-3
+    assert (
+        relative(refined(case, cache_interval=interval_of(tensor)), case.expected[tensor]) <= 1e-3
+    )
 
 
 def on_gpu(name):
@@ -92,5 +107,7 @@ def test_features_and_weights_on_the_cpu():
     memory.stream_blocks(streamed.transformer, torch.device("cuda"))
     expected = refined(case, cache_interval=3)
     for _ in range(3):
-        assert torch.equal(refined(case, cache_interval=3, features=memory.FeaturesOnCPU("cuda")), expected)
+        assert torch.equal(
+            refined(case, cache_interval=3, features=memory.FeaturesOnCPU("cuda")), expected
+        )
         assert torch.equal(refined(streamed, cache_interval=3), expected)

@@ -1,4 +1,6 @@
-"""Loading: every layout a checkpoint comes in, nothing missing or left over, names as published, no second copy."""
+"""Loading: every layout a checkpoint comes in, nothing missing or left over, names as published, no
+second copy."""
+
 import json
 import subprocess
 import sys
@@ -17,21 +19,45 @@ from support import checks
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
 
-SMALL_TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, text_dim=24,
-                         freq_dim=32)
-SMALL_ENCODER = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, vocab_size=100,
-                     feed_forward_proj="gated-gelu")
+SMALL_TRANSFORMER = dict(
+    num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, text_dim=24, freq_dim=32
+)
+SMALL_ENCODER = dict(
+    d_model=32,
+    d_kv=8,
+    num_heads=4,
+    d_ff=64,
+    num_layers=2,
+    vocab_size=100,
+    feed_forward_proj="gated-gelu",
+)
 
 # name: (our class, how to build the reference, shard size, a tensor to break)
 CHECKPOINTS = {
-    "transformer": (WanTransformer, lambda: WanTransformer3DModel(**SMALL_TRANSFORMER), "5GB",
-                    "blocks.1.attn2.norm_k.weight"),
-    "transformer in shards": (WanTransformer, lambda: WanTransformer3DModel(**SMALL_TRANSFORMER), "20KB",
-                              "blocks.1.attn2.norm_k.weight"),
-    "vae": (WanVAE, lambda: AutoencoderKLWan(base_dim=4, num_res_blocks=1), "5GB",
-            "decoder.up_blocks.0.upsamplers.0.time_conv.bias"),
-    "text encoder in shards": (TextEncoder, lambda: UMT5EncoderModel(UMT5Config(**SMALL_ENCODER)), "20KB",
-                               "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"),
+    "transformer": (
+        WanTransformer,
+        lambda: WanTransformer3DModel(**SMALL_TRANSFORMER),
+        "5GB",
+        "blocks.1.attn2.norm_k.weight",
+    ),
+    "transformer in shards": (
+        WanTransformer,
+        lambda: WanTransformer3DModel(**SMALL_TRANSFORMER),
+        "20KB",
+        "blocks.1.attn2.norm_k.weight",
+    ),
+    "vae": (
+        WanVAE,
+        lambda: AutoencoderKLWan(base_dim=4, num_res_blocks=1),
+        "5GB",
+        "decoder.up_blocks.0.upsamplers.0.time_conv.bias",
+    ),
+    "text encoder in shards": (
+        TextEncoder,
+        lambda: UMT5EncoderModel(UMT5Config(**SMALL_ENCODER)),
+        "20KB",
+        "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
 }
 
 
@@ -42,7 +68,9 @@ def checkpoint(request, tmp_path):
     theirs = randomise(build())
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     files = [file for file in tmp_path.glob("*.safetensors") if tensor in load_file(file)]
-    assert len(files) == 1 and (len(list(tmp_path.glob("*.safetensors"))) > 2) == ("shards" in request.param)
+    assert len(files) == 1 and (len(list(tmp_path.glob("*.safetensors"))) > 2) == (
+        "shards" in request.param
+    )
     return ours, theirs, tmp_path, tensor, files[0]
 
 
@@ -100,19 +128,25 @@ def test_a_missing_file_is_named(checkpoint):
     assert_refused(ours, folder, file.name if list(folder.glob("*.index.json")) else folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def names_and_shapes(cls, config):
     with torch.device("meta"):
         built = cls(config)
-    return {checkpoint_name(name): list(tensor.shape) for name, tensor in built.state_dict().items()}
+    return {
+        checkpoint_name(name): list(tensor.shape) for name, tensor in built.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize("part, cls", [("transformer", WanTransformer), ("vae", WanVAE), ("text_encoder", TextEncoder)])
+@pytest.mark.parametrize(
+    "part, cls", [("transformer", WanTransformer), ("vae", WanVAE), ("text_encoder", TextEncoder)]
+)
 def test_names_and_shapes_are_those_published(part, cls):
     config = json.loads((PUBLISHED / part / "config.json").read_text())
-    assert names_and_shapes(cls, config) == json.loads((PUBLISHED / "shapes.json").read_text())[part]
+    assert (
+        names_and_shapes(cls, config) == json.loads((PUBLISHED / "shapes.json").read_text())[part]
+    )
 
 
 def test_names_and_shapes_of_the_14b():
@@ -124,7 +158,7 @@ def test_names_and_shapes_of_the_14b():
     assert names_and_shapes(WanTransformer, dict(theirs.config)) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LOAD = """
 transformer = model.WanTransformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -135,8 +169,9 @@ for parameter in transformer.parameters():  # a mapped weight takes memory once 
 
 @pytest.mark.parametrize("dtype, share", [("float32", 1.0), ("bfloat16", 0.5)])
 def test_weights_are_never_held_twice(tmp_path, dtype, share):
-    """300 MB of transformer in ten shards. Peak of the resident set: the weights once, and while a cast is under way
-    the pages of the one shard that it reads, which are the kernel's to drop. 15% are allowed on the weights."""
+    """300 MB of transformer in ten shards. Peak of the resident set: the weights once, and while a
+    cast is under way the pages of the one shard that it reads, which are the kernel's to drop. 15%
+    are allowed on the weights."""
     config = dict(WanTransformer3DModel(**SMALL_TRANSFORMER).config)
     config |= dict(num_attention_heads=8, attention_head_dim=64, num_layers=18, ffn_dim=2048)
     config["_class_name"] = "WanTransformer3DModel"
@@ -144,14 +179,21 @@ def test_weights_are_never_held_twice(tmp_path, dtype, share):
     total = write_checkpoint(tmp_path, config, shapes, shards=10)
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     peak = peak_memory(LOAD, tmp_path, dtype)
-    print(f"{dtype}: peak {peak / 1e6:.0f} MB for {share * total / 1e6:.0f} MB of weights, shards of {shard / 1e6:.0f}")
-    assert 0.95 * share * total <= peak <= 1.15 * share * total + (shard if dtype == "bfloat16" else 0)
+    print(
+        f"{dtype}: peak {peak / 1e6:.0f} MB for {share * total / 1e6:.0f} MB of weights, "
+        f"shards of {shard / 1e6:.0f}"
+    )
+    assert (
+        0.95 * share * total <= peak <= 1.15 * share * total + (shard if dtype == "bfloat16" else 0)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 REVISIONS = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": json.loads((PUBLISHED / "files.json").read_text())["revision"],
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": json.loads((PUBLISHED / "files.json").read_text())[
+        "revision"
+    ],
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
     "someone/else": None,  # whatever is newest
 }
@@ -160,18 +202,32 @@ NEEDED = [
     "model_index.json",
     "scheduler/scheduler_config.json",
     *(f"text_encoder/model-{number:05}-of-00005.safetensors" for number in range(1, 6)),
-    "text_encoder/model.safetensors.index.json", "text_encoder/config.json",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder/config.json",
     "tokenizer/tokenizer.json",
-    *(f"transformer/diffusion_pytorch_model-{number:05}-of-00002.safetensors" for number in range(1, 3)),
-    "transformer/diffusion_pytorch_model.safetensors.index.json", "transformer/config.json",
-    "vae/diffusion_pytorch_model.safetensors", "vae/config.json",
+    *(
+        f"transformer/diffusion_pytorch_model-{number:05}-of-00002.safetensors"
+        for number in range(1, 3)
+    ),
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
 ]
-NEEDLESS = ["README.md", ".gitattributes", "assets/logo.png", "examples/i2v.mp4", "transformer/pytorch_model.bin",
-            "google/umt5-xxl/spiece.model", "Wan2.1_VAE.pth"]
+NEEDLESS = [
+    "README.md",
+    ".gitattributes",
+    "assets/logo.png",
+    "examples/i2v.mp4",
+    "transformer/pytorch_model.bin",
+    "google/umt5-xxl/spiece.model",
+    "Wan2.1_VAE.pth",
+]
 
 
 def test_mutated_checkpoints_load_whole_or_are_refused():
-    """A slice of what fuzz.py does, in a process of its own, since a crash is one of the things it looks for."""
+    """A slice of what fuzz.py does, in a process of its own, since a crash is one of the things it
+    looks for."""
     command = [sys.executable, Path(__file__).parent / "fuzz.py", "300", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-200:] + result.stderr
@@ -188,13 +244,17 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
 
     monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
     assert Path(checks.download(name)) == tmp_path
-    (repository, options), = calls
+    ((repository, options),) = calls
     assert repository == name and options["revision"] == REVISIONS[name]
     listing = [*json.loads((PUBLISHED / "files.json").read_text())["files"], *NEEDLESS]
-    patterns = dict(allow_patterns=options.get("allow_patterns"), ignore_patterns=options.get("ignore_patterns"))
+    patterns = dict(
+        allow_patterns=options.get("allow_patterns"), ignore_patterns=options.get("ignore_patterns")
+    )
     assert sorted(filter_repo_objects(listing, **patterns)) == sorted(NEEDED)
 
 
 def test_a_folder_needs_no_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(checks, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        checks, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub")
+    )
     assert Path(checks.download(str(tmp_path))) == tmp_path

@@ -1,8 +1,10 @@
 """The dual path, its cache and the whole refinement against the outputs of the authors' code.
 
-`reference/wide` and `reference/odd` hold what the authors' code computed, in float32 on a CPU, with two tiny random
-models. The authors hard-code 1560 native tokens, whatever the model; so `scale_tokens` is 1560 here.
+`reference/wide` and `reference/odd` hold what the authors' code computed, in float32 on a CPU, with
+two tiny random models. The authors hard-code 1560 native tokens, whatever the model; so
+`scale_tokens` is 1560 here.
 """
+
 from functools import partial
 
 import pytest
@@ -24,7 +26,7 @@ def case(request, sets):
     return sets[request.param]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parity
 
 
@@ -37,7 +39,9 @@ def test_single_passes(case):
         "dual_full": case.transformer(*now, expected["text"], case.full),
         "dual_window": run(*now, expected["text"], case.window, attend_full=case.full),
         "dual_window_negative": run(*now, expected["negative"], case.window, attend_full=case.full),
-        "guide_window": run(*now, expected["text"], case.window, attend_full=case.full, features=features),
+        "guide_window": run(
+            *now, expected["text"], case.window, attend_full=case.full, features=features
+        ),
         "reuse_window": run(*later, expected["text"], case.window, features=features),
         "window_only_negative": run(*later, expected["negative"], case.window),
     }
@@ -47,16 +51,28 @@ def test_single_passes(case):
 
 def test_every_step_without_cache(case):
     states, steps = [], []
-    end = refined(case, save=states.append, progress=lambda all_steps: steps.extend(all_steps) or all_steps)
-    assert [int(state["step"]) for state in states] == list(range(len(case.expected["nocache.trace"]))) and steps
+    end = refined(
+        case, save=states.append, progress=lambda all_steps: steps.extend(all_steps) or all_steps
+    )
+    assert [int(state["step"]) for state in states] == list(
+        range(len(case.expected["nocache.trace"]))
+    ) and steps
     trace = [state["latents"] for state in states[1:]] + [end]
-    errors = [relative(latents[0], step) for latents, step in zip(trace, case.expected["nocache.trace"], strict=True)]
+    errors = [
+        relative(latents[0], step)
+        for latents, step in zip(trace, case.expected["nocache.trace"], strict=True)
+    ]
     assert all(error <= 1e-3 for error in errors), errors
 
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(sets, name, tensor):
-    assert relative(refined(sets[name], cache_interval=interval_of(tensor)), sets[name].expected[tensor]) <= 1e-3
+    assert (
+        relative(
+            refined(sets[name], cache_interval=interval_of(tensor)), sets[name].expected[tensor]
+        )
+        <= 1e-3
+    )
 
 
 def test_schedule_and_first_noise(case):
@@ -65,7 +81,9 @@ def test_schedule_and_first_noise(case):
     kept = len(meta["timesteps"])
     assert solver.timesteps == meta["timesteps"]
     assert (solver.sigmas - torch.tensor(meta["sigmas"][-kept - 1 :])).abs().max() <= 1e-6
-    noise = torch.randn(expected["encoded"].shape, generator=torch.Generator().manual_seed(meta["noise_seed"]))
+    noise = torch.randn(
+        expected["encoded"].shape, generator=torch.Generator().manual_seed(meta["noise_seed"])
+    )
     assert relative(solver.add_noise(expected["encoded"], noise), expected["init_latents"]) <= 1e-6
 
 
@@ -91,7 +109,7 @@ def test_every_reference_tensor_is_used():
         assert set(names(name)) == inputs | passes | others | whole | decoded
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every ingredient matters: without it the result is off by more than ten times the tolerance.
 
 
@@ -112,16 +130,24 @@ def test_every_ingredient_matters(case, change):
 
 
 def test_a_slightly_wrong_scale_matters(case):
-    """The ordinary scale and that of the tiny models' true token count are within 6% of the right one. A refinement
-    shows them, but averages them out to two or three times its tolerance; single passes show them clearly."""
+    """The ordinary scale and that of the tiny models' true token count are within 6% of the right
+    one. A refinement shows them, but averages them out to two or three times its tolerance; single
+    passes show them clearly."""
     expected = case.expected
     assert relative(refined(case, scale_tokens=None), expected["nocache.latents"]) > 1e-3
     rows, columns = case.meta["native"]
-    for wrong in (None, attention_scale(case.transformer.config["attention_head_dim"], rows * columns)):
+    for wrong in (
+        None,
+        attention_scale(case.transformer.config["attention_head_dim"], rows * columns),
+    ):
         window = dense_window(tuple(case.meta["grid"]), case.window_size, scale=wrong)
         full = partial(full_attention, scale=wrong)
         inputs = expected["latents"], expected["timestep"], expected["text"]
-        for attend_window, attend_full in ((window, full), (case.window, full), (window, case.full)):
+        for attend_window, attend_full in (
+            (window, full),
+            (case.window, full),
+            (window, case.full),
+        ):
             velocity = predict(case.transformer, *inputs, attend_window, attend_full)
             assert relative(velocity, expected["dual_window"]) > 1e-3
 
@@ -129,10 +155,12 @@ def test_a_slightly_wrong_scale_matters(case):
 @pytest.mark.parametrize("head_dim, native_tokens", [(128, 1560), (20, 1560), (64, 8)])
 def test_attention_scale_is_the_papers(head_dim, native_tokens):
     scale = attention_scale(head_dim, native_tokens)
-    assert native_tokens ** (scale**2 * head_dim) == pytest.approx(2 * native_tokens)  # what log_n(2n) means
+    assert native_tokens ** (scale**2 * head_dim) == pytest.approx(
+        2 * native_tokens
+    )  # what log_n(2n) means
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache is read, never written; nothing is kept between calls; no work is thrown away.
 
 
@@ -149,7 +177,12 @@ def test_features_are_only_read(case):
     assert features.keys() == kept.keys()
     assert all(torch.equal(features[block], kept[block]) for block in kept)
     # A second caching step replaces every one of them, and none of the first has a part in it.
-    run(expected["latents_next"], expected["timestep_next"], attend_full=case.full, features=features)
+    run(
+        expected["latents_next"],
+        expected["timestep_next"],
+        attend_full=case.full,
+        features=features,
+    )
     assert not any(torch.equal(features[block], kept[block]) for block in kept)
     again = run(expected["latents"], expected["timestep"], attend_full=case.full, features=features)
     assert torch.equal(again, guide)
@@ -177,13 +210,16 @@ def test_clips_of_a_batch_do_not_mix(case):
             mine = options | ({"features": {}} if "attend_full" in options else {})
             if options.keys() == {"features"}:
                 mine = {"features": {block: tensor[clip] for block, tensor in features.items()}}
-            alone = predict(case.transformer, latents[clip], timestep[clip], text[clip], case.window, **mine)
+            alone = predict(
+                case.transformer, latents[clip], timestep[clip], text[clip], case.window, **mine
+            )
             assert relative(together[clip], alone) <= 1e-5
 
 
 def work(case, **options):
-    """How many clips went through the first self-attention, the first cross-attention and the last feed-forward
-    network in a refinement. (Clips, not calls: how they are batched and chunked does not count.)"""
+    """How many clips went through the first self-attention, the first cross-attention and the last
+    feed-forward network in a refinement. (Clips, not calls: how they are batched and chunked does
+    not count.)"""
     first, last = case.transformer.blocks[0], case.transformer.blocks[-1]
     parts = first.self_attn, first.cross_attn, last.ffn
     elements = dict.fromkeys(parts, 0)
@@ -196,21 +232,24 @@ def work(case, **options):
     for hook in hooks:
         hook.remove()
     frames, height, width = case.meta["grid"]
-    heads, head_dim = (case.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim"))
+    heads, head_dim = (
+        case.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim")
+    )
     return [elements[part] / (frames * height * width * heads * head_dim) for part in parts]
 
 
 def test_no_work_is_thrown_away(case):
     steps = len(case.meta["timesteps"])
     guides = len(range(0, steps, 3))
-    # Dual: two branches, two prompts; cross-attention in the full branch only, which ends with its last one.
+    # Dual: two branches, two prompts; cross-attention in the full branch only, which ends with its
+    # last one.
     assert work(case) == [4 * steps, 2 * steps, 2 * steps]
-    # Cached: the two window branches at every step, the full branch at the caching steps; cross-attention is the full
-    # branch's and the negative's own.
+    # Cached: the two window branches at every step, the full branch at the caching steps;
+    # cross-attention is the full branch's and the negative's own.
     assert work(case, cache_interval=3) == [2 * steps + guides, steps + guides, 2 * steps]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Upsampling
 
 
@@ -219,7 +258,8 @@ def test_upsampling_is_bilinear_with_half_pixel_centres(size):
     video = torch.randn(2, 3, 2, 6, 10, generator=torch.Generator().manual_seed(0))
 
     def interpolation(old, new):
-        """The matrix (new, old) that samples an axis at its new pixels' centres, without antialiasing."""
+        """The matrix (new, old) that samples an axis at its new pixels' centres, without
+        antialiasing."""
         matrix = torch.zeros(new, old)
         for pixel in range(new):
             position = min(max((pixel + 0.5) * old / new - 0.5, 0), old - 1)

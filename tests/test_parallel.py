@@ -1,4 +1,6 @@
-"""Several processes give what one gives. They run under torchrun, on the CPU, and on all GPUs that there are."""
+"""Several processes give what one gives. They run under torchrun, on the CPU, and on all GPUs that
+there are."""
+
 import json
 import os
 import signal
@@ -19,9 +21,20 @@ SETTINGS = [*SMALL, "--cache-interval", "2"]
 def torchrun(ranks, *command):
     """A started torchrun, in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-         *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            *map(str, command),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -32,7 +45,9 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize("device, ranks", [("cpu", 2), ("cpu", 3), ("cuda", torch.cuda.device_count())])
+@pytest.mark.parametrize(
+    "device, ranks", [("cpu", 2), ("cpu", 3), ("cuda", torch.cuda.device_count())]
+)
 def test_ranks_agree_with_one(device, ranks):
     if ranks == 0:
         pytest.skip("needs a CUDA device")
@@ -49,7 +64,9 @@ def test_the_command_runs_on_two_and_is_resumed_on_one_or_three(tmp_path):
     run_here(*SETTINGS, "--output", alone)
     output = finish(torchrun(2, ROOT / "sample.py", *SETTINGS, "--output", together))
     assert output.count("freeswim.mp4") == 1  # only one of them speaks
-    assert sorted(file.name for file in together.rglob("*")) == sorted(file.name for file in alone.rglob("*"))
+    assert sorted(file.name for file in together.rglob("*")) == sorted(
+        file.name for file in alone.rglob("*")
+    )
     assert relative(refined(together), refined(alone)) <= 1e-5
     for name in ("refine", "encode"):
         (together / "state" / f"{name}.safetensors").unlink()
@@ -61,16 +78,28 @@ def test_the_command_runs_on_two_and_is_resumed_on_one_or_three(tmp_path):
 
 
 def test_spread_weights_in_bfloat16(tmp_path):
-    arguments = [*SETTINGS, "--guidance", "1", "--dtype", "bfloat16", "--output"]  # more amplifies what is rounded
+    arguments = [
+        *SETTINGS,
+        "--guidance",
+        "1",
+        "--dtype",
+        "bfloat16",
+        "--output",
+    ]  # more amplifies what is rounded
     run_here(*arguments, tmp_path / "alone")
     finish(torchrun(2, ROOT / "sample.py", *arguments, tmp_path / "together", "--shard-weights"))
-    assert relative(refined(tmp_path / "together"), refined(tmp_path / "alone")) <= 0.02  # bfloat16 rounds to 0.4%
+    assert (
+        relative(refined(tmp_path / "together"), refined(tmp_path / "alone")) <= 0.02
+    )  # bfloat16 rounds to 0.4%
 
 
 def test_bad_input_is_said_once(tmp_path):
     process = torchrun(2, ROOT / "sample.py", "--frames", "6", "--output", tmp_path / "run")
     output, _ = process.communicate()
-    assert process.returncode != 0 and output.count("sample.py: ") - output.count("sample.py: error") >= 1
+    assert (
+        process.returncode != 0
+        and output.count("sample.py: ") - output.count("sample.py: error") >= 1
+    )
     assert output.count("--frames 6: Wan takes") == 1
     assert not (tmp_path / "run").exists()
 
@@ -83,7 +112,11 @@ def test_when_one_dies_all_end(tmp_path, victim):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {int(environment(child)["RANK"]): int(child) for child in children if "RANK" in environment(child)}
+    ranks = {
+        int(environment(child)["RANK"]): int(child)
+        for child in children
+        if "RANK" in environment(child)
+    }
     os.kill(ranks[victim], signal.SIGKILL)
     text, _ = process.communicate()  # or the test never ends
     assert process.returncode != 0 and not (output / "freeswim.mp4").exists()
@@ -98,16 +131,50 @@ def environment(pid):
 
 
 def test_two_train_one_model(tmp_path):
-    """With clips of their own, they end with the same weights; the latents mean what they meant at the start."""
-    finish(torchrun(2, "-m", "--", "tiny.train", "--start", ROOT / "tiny", "--work", tmp_path, "--output",
-                    tmp_path / "model", "--device", "cpu", "--height", "64", "--width", "96", "--frames", "5",
-                    "--vae-batch", "1", "--vae-minutes", "0.01", "--clips", "8", "--batch", "2", "--minutes", "0.01"))
+    """With clips of their own, they end with the same weights; the latents mean what they meant at
+    the start."""
+    finish(
+        torchrun(
+            2,
+            "-m",
+            "--",
+            "tiny.train",
+            "--start",
+            ROOT / "tiny",
+            "--work",
+            tmp_path,
+            "--output",
+            tmp_path / "model",
+            "--device",
+            "cpu",
+            "--height",
+            "64",
+            "--width",
+            "96",
+            "--frames",
+            "5",
+            "--vae-batch",
+            "1",
+            "--vae-minutes",
+            "0.01",
+            "--clips",
+            "8",
+            "--batch",
+            "2",
+            "--minutes",
+            "0.01",
+        )
+    )
     before, one, other = ROOT / "tiny", tmp_path / "model", tmp_path / "process 1"
     for part in ("vae", "text_encoder", "transformer"):
         start, first, second = (
-            next((folder / part).glob("*.safetensors")).read_bytes() for folder in (before, one, other))
+            next((folder / part).glob("*.safetensors")).read_bytes()
+            for folder in (before, one, other)
+        )
         assert first == second != start
-    statistics = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (before, one)]
+    statistics = [
+        json.loads((folder / "vae" / "config.json").read_text()) for folder in (before, one)
+    ]
     assert statistics[0] == statistics[1]
     clips = [torch.load(folder / "clips-scene-1.pt")[0] for folder in (tmp_path, other)]
     assert not torch.equal(*clips)

@@ -1,4 +1,6 @@
-"""A run and its folder: nothing that is there is lost, whatever ends a run, and what has changed is noticed."""
+"""A run and its folder: nothing that is there is lost, whatever ends a run, and what has changed is
+noticed."""
+
 import contextlib
 import json
 import os
@@ -24,7 +26,9 @@ def finished(checkpoint, tmp_path_factory):
     """A finished run, in this process, with its own copy of the model."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(checkpoint, folder / "model")
-    run_here("--model", folder / "model", "--output", folder / "output", *SMALL, "--cache-interval", 2)
+    run_here(
+        "--model", folder / "model", "--output", folder / "output", *SMALL, "--cache-interval", 2
+    )
     return folder
 
 
@@ -48,7 +52,7 @@ def wait_for(file, process):
         time.sleep(0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is there is kept
 
 
@@ -68,7 +72,9 @@ def test_what_no_run_wrote_is_not_touched(finished, tmp_path, name):
     for more in ([], ["--overwrite"]):
         with refused(name, "no run wrote"):
             run_here("--model", finished / "model", "--output", tmp_path / "run", *SMALL, *more)
-    assert (tmp_path / "run" / name).read_text() == "mine" and len([*(tmp_path / "run").iterdir()]) == 1
+    assert (tmp_path / "run" / name).read_text() == "mine" and len(
+        [*(tmp_path / "run").iterdir()]
+    ) == 1
 
 
 def test_overwriting_removes_only_what_a_run_wrote(finished, copy):
@@ -87,8 +93,17 @@ def test_an_input_is_never_overwritten(finished, copy):
         if not file.exists():
             file.symlink_to(copy / "base.mp4")
         with refused(file, "would be overwritten"):
-            run_here("--model", finished / "model", "--output", copy, "--base-video", file, "--frames", 5,
-                     "--overwrite")
+            run_here(
+                "--model",
+                finished / "model",
+                "--output",
+                copy,
+                "--base-video",
+                file,
+                "--frames",
+                5,
+                "--overwrite",
+            )
     assert (copy / "base.mp4").read_bytes() == clip
 
 
@@ -123,16 +138,19 @@ def test_a_folder_that_was_just_made_can_be_used(finished, tmp_path):
     assert not (tmp_path / "run" / "part-run.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resuming
 
 
 def test_a_state_is_taken_up_where_it_was(finished, copy):
-    """Resuming really starts at the saved step: with another state in its place, other latents come out."""
+    """Resuming really starts at the saved step: with another state in its place, other latents come
+    out."""
     expected = latents(copy)
     clean = load_file(copy / "state" / "encode.safetensors")["latents"]
     (copy / "state" / "refine.safetensors").unlink()
-    save_file({"step": torch.tensor(0), "latents": clean}, copy / "state" / "refine-progress.safetensors")
+    save_file(
+        {"step": torch.tensor(0), "latents": clean}, copy / "state" / "refine-progress.safetensors"
+    )
     run_here("--resume", copy)
     assert latents(copy) != expected
     for name in ("refine", "encode", "base"):  # without its latents, all is computed again
@@ -144,8 +162,18 @@ def test_a_state_is_taken_up_where_it_was(finished, copy):
     assert (copy / "state" / "inward window.safetensors").exists()
 
 
-@pytest.mark.parametrize("name, value", [("prompt", "a red fish"), ("size", "240x160"), ("frames", 9), ("steps", "4"),
-                                         ("dtype", "bfloat16"), ("seed", 7), ("model", "elsewhere")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("prompt", "a red fish"),
+        ("size", "240x160"),
+        ("frames", 9),
+        ("steps", "4"),
+        ("dtype", "bfloat16"),
+        ("seed", 7),
+        ("model", "elsewhere"),
+    ],
+)
 def test_edited_settings_are_noticed(copy, name, value):
     content = record(copy)
     content["settings"][name] = value
@@ -154,8 +182,16 @@ def test_edited_settings_are_noticed(copy, name, value):
         run_here("--resume", copy)
 
 
-@pytest.mark.parametrize("field, value", [("stages", {"base": {"seconds": "3"}}), ("stages", [1]), ("settings", 3),
-                                          ("files", None), ("fingerprints", {})])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("stages", {"base": {"seconds": "3"}}),
+        ("stages", [1]),
+        ("settings", 3),
+        ("files", None),
+        ("fingerprints", {}),
+    ],
+)
 def test_a_damaged_record_is_named(copy, field, value):
     (copy / "run.json").write_text(json.dumps(record(copy) | {field: value}))
     with refused("--resume" if field == "fingerprints" else "run.json"):
@@ -176,8 +212,14 @@ def test_other_weights_are_noticed(finished, copy):
     run_here("--resume", copy)
 
 
-@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 100), lambda file: file.write_bytes(b""),
-                                    lambda file: save_file({"other": torch.ones(1)}, file)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: os.truncate(file, 100),
+        lambda file: file.write_bytes(b""),
+        lambda file: save_file({"other": torch.ones(1)}, file),
+    ],
+)
 @pytest.mark.parametrize("name", ["text", "base", "encode", "refine"])
 def test_damaged_state_is_named(copy, name, damage):
     file = copy / "state" / f"{name}.safetensors"
@@ -192,7 +234,7 @@ def test_killed_at_every_stage_a_run_goes_on_to_the_same_latents(tmp_path):
     kill.at_every_stage(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What ends a run: one line with the way on
 
 
@@ -223,19 +265,36 @@ def test_out_of_memory_names_the_stage_and_the_way_on(finished, copy):
     """The clip at 20000x20000 is 24 GB; the process may have 8."""
     output = copy.parent / "large"
     status, _, errors = run(
-        "--model", finished / "model", "--output", output, "--base-video", copy / "base.mp4", "--size", "20000x20000",
-        "--frames", "5", "--device", "cpu", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2))
+        "--model",
+        finished / "model",
+        "--output",
+        output,
+        "--base-video",
+        copy / "base.mp4",
+        "--size",
+        "20000x20000",
+        "--frames",
+        "5",
+        "--device",
+        "cpu",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2),
+    )
     assert status == 1 and not any("Traceback" in line for line in errors)
-    assert '"upsample"' in errors[-1] and "--size" in errors[-1] and f"--resume {output}" in errors[-1]
+    assert (
+        '"upsample"' in errors[-1] and "--size" in errors[-1] and f"--resume {output}" in errors[-1]
+    )
     assert (output / "base.mp4").exists()
 
 
 @pytest.mark.parametrize("limit", [2**14, 60_000])
 def test_a_full_disk_is_named_and_nothing_is_lost(finished, tmp_path, limit):
-    """Files may have 16 KiB, less than the text embeddings take, or 60 kB, which base latents do not."""
+    """Files may have 16 KiB, less than the text embeddings take, or 60 kB, which base latents do
+    not."""
     output = tmp_path / "run"
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    status, _, errors = run("--model", finished / "model", "--output", output, *SMALL, preexec_fn=limited)
+    status, _, errors = run(
+        "--model", finished / "model", "--output", output, *SMALL, preexec_fn=limited
+    )
     assert status == 1 and not any("Traceback" in line for line in errors)
     assert re.search(rf"cannot be written.*; --resume {output} goes on", errors[-1])
     assert not [*output.rglob("part-*")] and not [*output.rglob(".tmp*")]
@@ -257,15 +316,29 @@ media.write_video({str(tmp_path / "a.mp4")!r}, torch.rand(1, 3, 17, 128, 192) * 
 
 
 def test_little_disk_need_is_told_in_mib(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**10))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**10)
+    )
     with refused("MiB will be written", "--size"):
         sample.check(*parse("--model", finished / "model", "--output", tmp_path / "run", *SMALL))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_out_of_memory_on_a_gpu_is_survived(checkpoint, tmp_path):
-    """Another process (this one) holds all but 1 GiB of the GPU; when it has let go, the run goes on to the end."""
-    arguments = ["--model", checkpoint, "--steps", "4", "--size", "3072x2048", "--frames", "5", "--dtype", "bfloat16"]
+    """Another process (this one) holds all but 1 GiB of the GPU; when it has let go, the run goes
+    on to the end."""
+    arguments = [
+        "--model",
+        checkpoint,
+        "--steps",
+        "4",
+        "--size",
+        "3072x2048",
+        "--frames",
+        "5",
+        "--dtype",
+        "bfloat16",
+    ]
     free, _ = torch.cuda.mem_get_info()
     hoard = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
     status, _, errors = run(*arguments, "--output", tmp_path / "run")

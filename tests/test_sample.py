@@ -1,10 +1,9 @@
 """The command: what it writes, what it refuses, and what it does with a clip."""
+
 import contextlib
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -25,7 +24,8 @@ from support import checks, media
 def first_run(checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "output"
     status, text, errors = run(
-        "--model", checkpoint, "--output", output, *SMALL, "--prompt", "a red shark", "--compare")
+        "--model", checkpoint, "--output", output, *SMALL, "--prompt", "a red shark", "--compare"
+    )
     assert status == 0, errors
     return output, text, "\n".join(errors)
 
@@ -33,7 +33,12 @@ def first_run(checkpoint, tmp_path_factory):
 def test_it_writes_what_it_says(first_run):
     output, text, errors = first_run
     assert sorted(file.name for file in output.iterdir()) == [
-        "base.mp4", "comparison.png", "freeswim.mp4", "run.json", "state"]
+        "base.mp4",
+        "comparison.png",
+        "freeswim.mp4",
+        "run.json",
+        "state",
+    ]
     assert imageio.imread(output / "base.mp4").shape == (5, 128, 192, 3)
     assert imageio.imread(output / "freeswim.mp4").shape == (5, 144, 224, 3)
     strips = ("upscaled", "FreeSwim", "full attention", "clipped window", "inward window")
@@ -49,13 +54,29 @@ def test_it_writes_what_it_says(first_run):
 
 def test_run_json_tells_everything(first_run):
     content = record(first_run[0])
-    expected = {"prompt": "a red shark", "negative_prompt": "", "size": "224x144", "frames": 5, "steps": 4, "seed": 0,
-                "strength": 0.7, "guidance": 2.0, "flow_shift": 1.0, "cache_interval": 5, "fps": 16, "device": "cpu",
-                "dtype": "float32", "base_video": None}
+    expected = {
+        "prompt": "a red shark",
+        "negative_prompt": "",
+        "size": "224x144",
+        "frames": 5,
+        "steps": 4,
+        "seed": 0,
+        "strength": 0.7,
+        "guidance": 2.0,
+        "flow_shift": 1.0,
+        "cache_interval": 5,
+        "fps": 16,
+        "device": "cpu",
+        "dtype": "float32",
+        "base_video": None,
+    }
     assert expected.items() <= content["settings"].items()
     assert content["versions"]["torch"] == torch.__version__
     for stage in ("text", "load", "base", "encode", "refine", "decode refine"):
-        assert content["stages"][stage]["seconds"] >= 0 and content["stages"][stage]["peak_memory_gib"] > 0
+        assert (
+            content["stages"][stage]["seconds"] >= 0
+            and content["stages"][stage]["peak_memory_gib"] > 0
+        )
 
 
 def test_a_seed_gives_the_same_latents_bit_for_bit(checkpoint, tmp_path):
@@ -68,8 +89,18 @@ def test_shards_are_read_and_long_prompts_are_cut(checkpoint, tmp_path, capsys):
     """What BROKEN breaks works when it is whole."""
     shutil.copytree(checkpoint, tmp_path / "model")
     shard(tmp_path / "model" / T)
-    run_here("--model", tmp_path / "model", "--output", tmp_path / "run", "--steps", 2, "--frames", 1,
-             "--prompt", "a fish " * 40)
+    run_here(
+        "--model",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--frames",
+        1,
+        "--prompt",
+        "a fish " * 40,
+    )
     assert "too long, 32 tokens are read; cut off is: fish a fish" in capsys.readouterr().err
 
 
@@ -77,12 +108,14 @@ def test_help_shows_the_words_and_the_defaults(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    vocabulary = json.loads((ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text())["model"][
+        "vocab"
+    ]
     assert all(word in text.split() for word in vocabulary if word[0] != "<")
     assert all(f"({default})" in text for default in (2.0, 5, 0, "output"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one line that names the value and the mend, before a weight is read
 
 REFUSED = [  # what is typed, and what the answer must name
@@ -146,12 +179,18 @@ def refused(capsys, *named):
     assert caught.type is ValueError or caught.value.code == 2 and len(printed.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments, named", REFUSED, ids=[" ".join(arguments)[-30:] for arguments, _ in REFUSED])
-def test_bad_input_is_named_before_any_work(checkpoint, tmp_path, monkeypatch, capsys, arguments, named):
+@pytest.mark.parametrize(
+    "arguments, named", REFUSED, ids=[" ".join(arguments)[-30:] for arguments, _ in REFUSED]
+)
+def test_bad_input_is_named_before_any_work(
+    checkpoint, tmp_path, monkeypatch, capsys, arguments, named
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(model, "safe_open", lambda *_: pytest.fail("weights were opened"))
-    standard = [] if "--resume" in arguments else ["--model", checkpoint, "--output", tmp_path / "run"]
+    standard = (
+        [] if "--resume" in arguments else ["--model", checkpoint, "--output", tmp_path / "run"]
+    )
     with refused(capsys, *named):
         run_here(*standard, *arguments)
     assert not (tmp_path / "run").exists()
@@ -173,8 +212,12 @@ def test_from_the_hub_weights_come_last(checkpoint, tmp_path, monkeypatch, capsy
         fetched.append(allow_patterns)
         folder = tmp_path / "hub"
         weights = any(pattern.endswith("safetensors") for pattern in allow_patterns)
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True,
-                        ignore=None if weights else shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            checkpoint,
+            folder,
+            dirs_exist_ok=True,
+            ignore=None if weights else shutil.ignore_patterns("*.safetensors"),
+        )
         return str(folder)
 
     monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
@@ -195,7 +238,7 @@ def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
         run_here("--model", "some/one", "--output", tmp_path / "run")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Broken checkpoints
 
 
@@ -212,7 +255,8 @@ def retensor(file, change):
 
 
 def shard(folder, **changes):
-    """Split a part's file into two shards with an index, then change the index: {tensor: file or None}."""
+    """Split a part's file into two shards with an index, then change the index: {tensor: file or
+    None}."""
     split_weights(folder)
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"] | changes
@@ -222,58 +266,151 @@ def shard(folder, **changes):
 NORM, BIAS = "blocks.0.attn2.norm_k.weight", "proj_out.bias"
 T, V, E = "transformer", "vae", "text_encoder"
 BROKEN = {  # what is done to a checkpoint, and what the one line of the answer must name
-    **{f"{part} is missing": (lambda folder, part=part: shutil.rmtree(folder / part), [part]) for part in (T, V, E)},
-    **{f"{part} has no weights": (lambda folder, part=part: (folder / part / "model.safetensors").unlink(),
-                                  [part, "none"]) for part in (T, V, E)},
-    **{f"{part} is empty": (lambda folder, part=part: (folder / part / "model.safetensors").write_bytes(b""),
-                            [part, "fetch it again"]) for part in (T, V, E)},
-    **{f"{part} is cut off": (
-        lambda folder, part=part: os.truncate(folder / part / "model.safetensors", 9000),
-        [part, "fetch it again"]) for part in (T, V, E)},
-    **{f"{part} holds NaN": (
-        lambda folder, part=part, name=name: retensor(folder / part / "model.safetensors",
-                                                      lambda t: t[name].view(-1)[0].fill_(float("nan"))),
-        [part, "not finite"]) for part, name in ((T, NORM), (V, "quant_conv.bias"),
-                                                  (E, "encoder.final_layer_norm.weight"))},
-    "infinite": (lambda f: retensor(f / T / "model.safetensors", lambda t: t[BIAS][3].fill_(float("inf"))),
-                 [BIAS, "not finite"]),
-    "not safetensors": (lambda f: (f / T / "model.safetensors").write_text("hello, " * 1000), ["fetch it again"]),
-    "a pickle": (lambda f: (f / T / "model.safetensors").rename(f / T / "model.bin"), ["model.bin", "safetensors"]),
-    "tensor missing": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.pop(NORM)), [NORM, "missing"]),
-    "tensor extra": (lambda f: retensor(f / V / "model.safetensors", lambda t: t.update(stray=torch.ones(2))),
-                     ["stray", "not part"]),
-    "tensor misshapen": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: torch.ones(7)})),
-                         [NORM, "(7,)"]),
-    "tensor of integers": (lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: t[NORM].long()})),
-                           [NORM, "I64"]),
-    "config not JSON": (lambda f: (f / T / "config.json").write_text("{"), ["config.json", "not JSON"]),
-    "config a list": (lambda f: (f / V / "config.json").write_text("[1]"), ["config.json", "not an object"]),
-    "field missing": (lambda f: rewrite(f / T / "config.json", num_layers=None), ["num_layers", "None"]),
-    "field a word": (lambda f: rewrite(f / T / "config.json", ffn_dim="wide"), ["ffn_dim", "'wide'"]),
-    "field negative": (lambda f: rewrite(f / E / "config.json", num_layers=-1), ["num_layers", "-1"]),
-    "field absurd": (lambda f: rewrite(f / T / "config.json", num_layers=10**9), ["num_layers", "1000000000"]),
-    "vocabulary absurd": (lambda f: rewrite(f / E / "config.json", vocab_size=10**15), ["vocab_size"]),
-    "means too few": (lambda f: rewrite(f / V / "config.json", latents_mean=[0.0]), ["latents_mean", "16"]),
+    **{
+        f"{part} is missing": (lambda folder, part=part: shutil.rmtree(folder / part), [part])
+        for part in (T, V, E)
+    },
+    **{
+        f"{part} has no weights": (
+            lambda folder, part=part: (folder / part / "model.safetensors").unlink(),
+            [part, "none"],
+        )
+        for part in (T, V, E)
+    },
+    **{
+        f"{part} is empty": (
+            lambda folder, part=part: (folder / part / "model.safetensors").write_bytes(b""),
+            [part, "fetch it again"],
+        )
+        for part in (T, V, E)
+    },
+    **{
+        f"{part} is cut off": (
+            lambda folder, part=part: os.truncate(folder / part / "model.safetensors", 9000),
+            [part, "fetch it again"],
+        )
+        for part in (T, V, E)
+    },
+    **{
+        f"{part} holds NaN": (
+            lambda folder, part=part, name=name: retensor(
+                folder / part / "model.safetensors",
+                lambda t: t[name].view(-1)[0].fill_(float("nan")),
+            ),
+            [part, "not finite"],
+        )
+        for part, name in (
+            (T, NORM),
+            (V, "quant_conv.bias"),
+            (E, "encoder.final_layer_norm.weight"),
+        )
+    },
+    "infinite": (
+        lambda f: retensor(f / T / "model.safetensors", lambda t: t[BIAS][3].fill_(float("inf"))),
+        [BIAS, "not finite"],
+    ),
+    "not safetensors": (
+        lambda f: (f / T / "model.safetensors").write_text("hello, " * 1000),
+        ["fetch it again"],
+    ),
+    "a pickle": (
+        lambda f: (f / T / "model.safetensors").rename(f / T / "model.bin"),
+        ["model.bin", "safetensors"],
+    ),
+    "tensor missing": (
+        lambda f: retensor(f / T / "model.safetensors", lambda t: t.pop(NORM)),
+        [NORM, "missing"],
+    ),
+    "tensor extra": (
+        lambda f: retensor(f / V / "model.safetensors", lambda t: t.update(stray=torch.ones(2))),
+        ["stray", "not part"],
+    ),
+    "tensor misshapen": (
+        lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: torch.ones(7)})),
+        [NORM, "(7,)"],
+    ),
+    "tensor of integers": (
+        lambda f: retensor(f / T / "model.safetensors", lambda t: t.update({NORM: t[NORM].long()})),
+        [NORM, "I64"],
+    ),
+    "config not JSON": (
+        lambda f: (f / T / "config.json").write_text("{"),
+        ["config.json", "not JSON"],
+    ),
+    "config a list": (
+        lambda f: (f / V / "config.json").write_text("[1]"),
+        ["config.json", "not an object"],
+    ),
+    "field missing": (
+        lambda f: rewrite(f / T / "config.json", num_layers=None),
+        ["num_layers", "None"],
+    ),
+    "field a word": (
+        lambda f: rewrite(f / T / "config.json", ffn_dim="wide"),
+        ["ffn_dim", "'wide'"],
+    ),
+    "field negative": (
+        lambda f: rewrite(f / E / "config.json", num_layers=-1),
+        ["num_layers", "-1"],
+    ),
+    "field absurd": (
+        lambda f: rewrite(f / T / "config.json", num_layers=10**9),
+        ["num_layers", "1000000000"],
+    ),
+    "vocabulary absurd": (
+        lambda f: rewrite(f / E / "config.json", vocab_size=10**15),
+        ["vocab_size"],
+    ),
+    "means too few": (
+        lambda f: rewrite(f / V / "config.json", latents_mean=[0.0]),
+        ["latents_mean", "16"],
+    ),
     "std zero": (lambda f: rewrite(f / V / "config.json", latents_std=[0.0] * 16), ["latents_std"]),
-    "another width": (lambda f: rewrite(f / T / "config.json", num_attention_heads=3),
-                      ["144 wide"]),
-    "image to video": (lambda f: rewrite(f / T / "config.json", image_dim=1280), ["image_dim", "1280"]),
+    "another width": (
+        lambda f: rewrite(f / T / "config.json", num_attention_heads=3),
+        ["144 wide"],
+    ),
+    "image to video": (
+        lambda f: rewrite(f / T / "config.json", image_dim=1280),
+        ["image_dim", "1280"],
+    ),
     "image to video, by index": (
         lambda f: (f / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}'),
-        ["WanImageToVideoPipeline", "text-to-video"]),
-    "VACE": (lambda f: rewrite(f / T / "config.json", _class_name="WanVACETransformer3DModel"), ["WanVACE"]),
-    "Wan2.2": (lambda f: (f / "model_index.json").write_text(
-        '{"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}'), ["Wan2.2"]),
+        ["WanImageToVideoPipeline", "text-to-video"],
+    ),
+    "VACE": (
+        lambda f: rewrite(f / T / "config.json", _class_name="WanVACETransformer3DModel"),
+        ["WanVACE"],
+    ),
+    "Wan2.2": (
+        lambda f: (f / "model_index.json").write_text(
+            '{"_class_name": "WanPipeline", '
+            '"transformer_2": ["diffusers", "WanTransformer3DModel"]}'
+        ),
+        ["Wan2.2"],
+    ),
     "Wan2.2's VAE": (lambda f: rewrite(f / V / "config.json", z_dim=48), ["z_dim", "48"]),
     "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer.json"]),
-    "tokenizer broken": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
-    "index points outside": (lambda f: shard(f / T, **{NORM: "../../secret.safetensors"}), [NORM, "secret"]),
-    "index points to nothing": (lambda f: shard(f / T, **{NORM: "c.safetensors"}), ["c.safetensors"]),
+    "tokenizer broken": (
+        lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"),
+        ["tokenizer.json"],
+    ),
+    "index points outside": (
+        lambda f: shard(f / T, **{NORM: "../../secret.safetensors"}),
+        [NORM, "secret"],
+    ),
+    "index points to nothing": (
+        lambda f: shard(f / T, **{NORM: "c.safetensors"}),
+        ["c.safetensors"],
+    ),
     "index leaves one out": (lambda f: shard(f / T, **{NORM: None}), [NORM]),
     "index has one too many": (lambda f: shard(f / T, stray="a.safetensors"), ["stray"]),
-    "two files, no index": (lambda f: shutil.copy(f / T / "model.safetensors", f / T / "more.safetensors"),
-                            ["2", "index"]),
+    "two files, no index": (
+        lambda f: shutil.copy(f / T / "model.safetensors", f / T / "more.safetensors"),
+        ["2", "index"],
+    ),
 }
+
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, capsys, name):
@@ -290,12 +427,14 @@ def test_the_command_names_it_in_one_line(checkpoint, tmp_path, name):
     change, named = BROKEN[name]
     shutil.copytree(checkpoint, tmp_path / "model")
     change(tmp_path / "model")
-    status, _, errors = run("--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish")
+    status, _, errors = run(
+        "--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish"
+    )
     assert status == 2 and len(errors) == 1 and all(words in errors[0] for words in named)
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sizes and clips
 
 
@@ -303,24 +442,40 @@ def planned(checkpoint, tmp_path, *arguments):
     return sample.check(*parse("--model", checkpoint, "--output", tmp_path / "run", *arguments))
 
 
-@pytest.mark.parametrize("arguments, target, computed, native", [
-    ([], (256, 384), (256, 384), (128, 192)),
-    (["--scale", "1.3"], (166, 250), (176, 256), (128, 192)),
-    (["--size", "410x270"], (270, 410), (272, 416), (128, 192)),
-    (["--size", "256x384"], (384, 256), (384, 256), (192, 128)),
-    (["--size", "300x300"], (300, 300), (304, 304), (128, 192)),
-])
+@pytest.mark.parametrize(
+    "arguments, target, computed, native",
+    [
+        ([], (256, 384), (256, 384), (128, 192)),
+        (["--scale", "1.3"], (166, 250), (176, 256), (128, 192)),
+        (["--size", "410x270"], (270, 410), (272, 416), (128, 192)),
+        (["--size", "256x384"], (384, 256), (384, 256), (192, 128)),
+        (["--size", "300x300"], (300, 300), (304, 304), (128, 192)),
+    ],
+)
 def test_sizes(checkpoint, tmp_path, arguments, target, computed, native):
     args = planned(checkpoint, tmp_path, *arguments)
     assert (args.target, args.computed, tuple(args.native)) == (target, computed, native)
 
 
-@pytest.mark.parametrize("size, warned", [
-    ("384x256", []), ("256x384", ["higher than wide"]), ("1000x128", ["is far from"]), ("970x660", ["is far from"]),
-    ("960x640", [])])
+@pytest.mark.parametrize(
+    "size, warned",
+    [
+        ("384x256", []),
+        ("256x384", ["higher than wide"]),
+        ("1000x128", ["is far from"]),
+        ("970x660", ["is far from"]),
+        ("960x640", []),
+    ],
+)
 def test_sizes_that_a_model_has_not_seen_are_warned_about(checkpoint, tmp_path, size, warned):
-    notes = [note for note in planned(checkpoint, tmp_path, "--size", size).notes if "cropped" not in note]
-    assert len(notes) == len(warned) and all(words in note for words, note in zip(warned, notes))
+    notes = [
+        note
+        for note in planned(checkpoint, tmp_path, "--size", size).notes
+        if "cropped" not in note
+    ]
+    assert len(notes) == len(warned) and all(
+        words in note for words, note in zip(warned, notes, strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", ["230x150", "150x230"])
@@ -340,10 +495,16 @@ def write_clip(file, shape=(12, 180, 320), fps=60):
     count, height, width = shape
     y, x = np.indices((height, width))
     disc = ((y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 4) ** 2)[..., None]
-    frames = [np.where(disc, 255, np.stack([x * 80 // width, y * 80 // height, 0 * x + 9 * i], -1)).astype(np.uint8)
-              for i in range(count)]
+    frames = [
+        np.where(
+            disc, 255, np.stack([x * 80 // width, y * 80 // height, 0 * x + 9 * i], -1)
+        ).astype(np.uint8)
+        for i in range(count)
+    ]
     if file.suffix == ".mp4":
-        imageio.imwrite(file, np.stack(frames), fps=fps, codec="libx264", macro_block_size=1, plugin="FFMPEG")
+        imageio.imwrite(
+            file, np.stack(frames), fps=fps, codec="libx264", macro_block_size=1, plugin="FFMPEG"
+        )
     else:
         images = [Image.fromarray(frame) for frame in frames]
         images[0].save(file, save_all=True, append_images=images[1:], duration=40)
@@ -354,31 +515,66 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4")
     args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9)
     height, width = args.target
-    assert abs(width / height - 320 / 180) < 0.02 and abs(width * height / (4 * 192 * 128) - 1) < 0.02
+    assert (
+        abs(width / height - 320 / 180) < 0.02 and abs(width * height / (4 * 192 * 128) - 1) < 0.02
+    )
     assert args.fps == 60 and args.notes == ["of the clip's 12 frames, the last 3 are left out"]
     assert planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--fps", 8).fps == 8
     args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--size", "384x256")
-    assert args.target == (256, 384) and args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
-    run_here("--model", checkpoint, "--base-video", clip, "--frames", 5, "--size", "384x256", "--steps", 2, "--device",
-             "cpu", "--output", tmp_path / "run", "--no-cache")
+    assert (
+        args.target == (256, 384)
+        and args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
+    )
+    run_here(
+        "--model",
+        checkpoint,
+        "--base-video",
+        clip,
+        "--frames",
+        5,
+        "--size",
+        "384x256",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "run",
+        "--no-cache",
+    )
     assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "run" / "freeswim.mp4"))[0] == 5
     upscaled = imageio.imread(tmp_path / "run" / "comparison.png")[:256, :384]
     assert Image.fromarray(upscaled).size == (384, 256)
     disc = upscaled.min(axis=-1) > 160
     rows, columns = disc[40:].any(1).sum(), disc[40:].any(0).sum()  # below the label
-    assert abs(rows / columns - 1) < 0.05 and record(tmp_path / "run")["settings"]["cache_interval"] is None
+    assert (
+        abs(rows / columns - 1) < 0.05
+        and record(tmp_path / "run")["settings"]["cache_interval"] is None
+    )
 
 
-@pytest.mark.parametrize("shape, arguments, named", [
-    ((5, 16, 16), [], ["16x16", "far below", "192x128"]),
-    ((5, 400, 600), ["--size", "384x256"], ["600x400", "larger", "--size"]),
-    ((6, 128, 192), [], ["has 6 frames", "--frames 5"]),
-])
+@pytest.mark.parametrize(
+    "shape, arguments, named",
+    [
+        ((5, 16, 16), [], ["16x16", "far below", "192x128"]),
+        ((5, 400, 600), ["--size", "384x256"], ["600x400", "larger", "--size"]),
+        ((6, 128, 192), [], ["has 6 frames", "--frames 5"]),
+    ],
+)
 def test_clips_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, shape, arguments, named):
     clip = write_clip(tmp_path / "clip.mp4", shape)
     with refused(capsys, *named):
-        run_here("--model", checkpoint, "--output", tmp_path / "run", "--base-video", clip, "--frames",
-                 9 if shape[0] == 6 else 5, *arguments)
+        run_here(
+            "--model",
+            checkpoint,
+            "--output",
+            tmp_path / "run",
+            "--base-video",
+            clip,
+            "--frames",
+            9 if shape[0] == 6 else 5,
+            *arguments,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -405,14 +601,32 @@ def test_alpha_grey_and_odd_pictures_are_read(tmp_path):
 
 def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
     picture = write_clip(tmp_path / "picture.png", (1, 128, 192))
-    run_here("--model", checkpoint, "--output", tmp_path / "run", "--base-video", picture, "--frames", 1, "--steps", 2,
-             "--device", "cpu")
+    run_here(
+        "--model",
+        checkpoint,
+        "--output",
+        tmp_path / "run",
+        "--base-video",
+        picture,
+        "--frames",
+        1,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    )
     assert imageio.imread(tmp_path / "run" / "freeswim.png").shape == (256, 384, 3)
 
 
-@pytest.mark.parametrize("make", [
-    os.mkfifo, lambda file: file.write_bytes(b""), lambda file: file.write_text("hi\n" * 99),
-    lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_text("hi\n" * 99),
+        lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)),
+    ],
+)
 def test_what_is_no_clip_is_refused(tmp_path, make):
     make(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match="clip.mp4: (is|cannot)"):

@@ -1,4 +1,5 @@
 """The flow solver and the base generation against Diffusers."""
+
 import pytest
 import torch
 from oracle import relative
@@ -19,7 +20,8 @@ SCHEDULES = [
 
 
 def unipc(flow_shift):
-    """The scheduler as Wan's scheduler_config.json sets it: beyond Diffusers' defaults, it only asks for flow."""
+    """The scheduler as Wan's scheduler_config.json sets it: beyond Diffusers' defaults, it only
+    asks for flow."""
     return diffusers.UniPCMultistepScheduler(
         solver_order=2,
         solver_type="bh2",
@@ -47,11 +49,13 @@ def test_solver_is_diffusers(steps, flow_shift, strength):
     assert (solver.sigmas - scheduler.sigmas[steps - kept :]).abs().max() <= 1e-6
     assert solver.sigmas[-1] == 0
 
-    clean, noise, *velocities = torch.randn(kept + 2, 1, 4, 2, 6, 6, generator=torch.Generator().manual_seed(steps))
+    clean, noise, *velocities = torch.randn(
+        kept + 2, 1, 4, 2, 6, 6, generator=torch.Generator().manual_seed(steps)
+    )
     ours = solver.add_noise(clean, noise)
     theirs = scheduler.add_noise(clean, noise, timesteps[:1])
     assert relative(ours, theirs) <= 1e-6
-    for timestep, velocity in zip(timesteps, velocities):
+    for timestep, velocity in zip(timesteps, velocities, strict=True):
         ours = solver.step(velocity, ours)
         theirs = scheduler.step(velocity, timestep, theirs).prev_sample
         assert ours.dtype == torch.float32
@@ -60,7 +64,11 @@ def test_solver_is_diffusers(steps, flow_shift, strength):
 
 @pytest.mark.parametrize(
     "name, clips, grid, steps, flow_shift, guidance",
-    [("wide", 1, (3, 4, 6), 10, 3.0, 5.0), ("wide", 2, (1, 3, 2), 3, 5.0, 7.5), ("odd", 1, (2, 3, 5), 4, 3.0, 5.0)],
+    [
+        ("wide", 1, (3, 4, 6), 10, 3.0, 5.0),
+        ("wide", 2, (1, 3, 2), 3, 5.0, 7.5),
+        ("odd", 1, (2, 3, 5), 4, 3.0, 5.0),
+    ],
 )
 def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance):
     folder = REFERENCE / name / "transformer"

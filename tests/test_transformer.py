@@ -1,4 +1,6 @@
-"""The diffusion transformer against Diffusers' WanTransformer3DModel, both from the same random checkpoint."""
+"""The diffusion transformer against Diffusers' WanTransformer3DModel, both from the same random
+checkpoint."""
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -7,22 +9,37 @@ from parity import randomise
 
 from model import WanTransformer, checkpoint_name
 
-BASE = dict(num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=96, text_dim=40, freq_dim=32)
+BASE = dict(
+    num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=96, text_dim=40, freq_dim=32
+)
 
 # name: (configuration, batch, (T, H, W) in tokens, text tokens, timesteps)
 CASES = {
     "ordinary": (BASE, 1, (3, 4, 6), 12, [437]),
-    "head_dim 128": (BASE | dict(attention_head_dim=128, num_layers=2, freq_dim=256), 1, (2, 4, 5), 16, [999]),
+    "head_dim 128": (
+        BASE | dict(attention_head_dim=128, num_layers=2, freq_dim=256),
+        1,
+        (2, 4, 5),
+        16,
+        [999],
+    ),
     "odd grid": (BASE | dict(num_attention_heads=3, attention_head_dim=20), 1, (5, 7, 3), 9, [1]),
     "one frame": (BASE | dict(attention_head_dim=48, ffn_dim=200), 1, (1, 6, 5), 12, [0]),
-    "batch of two": (BASE | dict(num_attention_heads=4, attention_head_dim=24), 2, (3, 5, 4), 20, [850, 113]),
+    "batch of two": (
+        BASE | dict(num_attention_heads=4, attention_head_dim=24),
+        2,
+        (3, 5, 4),
+        20,
+        [850, 113],
+    ),
     "long axes": (BASE | dict(num_layers=1), 1, (2, 1, 150), 7, [600]),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """The folder of a random checkpoint, inputs that bfloat16 holds exactly, and Diffusers' float32 result."""
+    """The folder of a random checkpoint, inputs that bfloat16 holds exactly, and Diffusers' float32
+    result."""
     config, batch, (frames, height, width), length, timesteps = CASES[request.param]
     folder = tmp_path_factory.mktemp("transformer")
     randomise(WanTransformer3DModel(**config)).save_pretrained(folder)
@@ -57,13 +74,16 @@ def test_float32(case):
 
 
 def test_bfloat16(case):
-    """No farther from the float32 result than Diffusers, give or take a fifth; the same tensors stay in float32."""
+    """No farther from the float32 result than Diffusers, give or take a fifth; the same tensors
+    stay in float32."""
     folder, inputs, exact = case
     their_model, theirs = reference(folder, inputs, torch.bfloat16)
     our_model, velocity = ours(folder, inputs, torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in their_model.state_dict().items()}
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
-    assert {checkpoint_name(name): tensor.dtype for name, tensor in our_model.state_dict().items()} == dtypes
+    assert {
+        checkpoint_name(name): tensor.dtype for name, tensor in our_model.state_dict().items()
+    } == dtypes
     assert velocity.dtype == torch.float32
     error, allowed = relative(velocity, exact), 1.2 * relative(theirs, exact)
     print(f"relative error in bfloat16: {error:.5f}, Diffusers' {allowed / 1.2:.5f}")
@@ -71,7 +91,8 @@ def test_bfloat16(case):
 
 
 def test_attention_is_the_callers(case):
-    """`attention` gets (B, heads, N, head_dim) with time innermost, once per block, and its result is what counts."""
+    """`attention` gets (B, heads, N, head_dim) with time innermost, once per block, and its result
+    is what counts."""
     folder, (latents, timestep, text), expected = case
     model = WanTransformer.from_pretrained(folder)
     batch, _, frames, rows, columns = latents.shape
@@ -80,8 +101,12 @@ def test_attention_is_the_callers(case):
 
     def each_frame_alone(query, key, value):
         shapes.append(tuple(query.shape))
-        parts = (x.unflatten(2, (height * width, frames)).transpose(2, 3) for x in (query, key, value))
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts)  # (B, heads, T, H*W, head_dim)
+        parts = (
+            x.unflatten(2, (height * width, frames)).transpose(2, 3) for x in (query, key, value)
+        )
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *parts
+        )  # (B, heads, T, H*W, head_dim)
         return attended.transpose(2, 3).flatten(2, 3)
 
     with torch.no_grad():
@@ -91,7 +116,8 @@ def test_attention_is_the_callers(case):
         if frames == 1:
             assert relative(velocity, expected) <= 1e-5
             return
-        # Rotary positions are relative and frames do not see each other: a frame has the same velocity alone.
+        # Rotary positions are relative and frames do not see each other: a frame has the same
+        # velocity alone.
         for t in range(frames):
             alone = model(latents[:, :, t : t + 1], timestep, text)
             assert relative(velocity[:, :, t : t + 1], alone) <= 1e-5

@@ -1,4 +1,5 @@
-"""The causal video VAE against Diffusers' AutoencoderKLWan; tiling, streaming, gradients and memory."""
+"""The causal video VAE against Diffusers' AutoencoderKLWan; tiling, streaming, gradients and
+memory."""
 
 import copy
 
@@ -16,8 +17,9 @@ WIDTHS = {
     "uneven": dict(base_dim=6, decoder_base_dim=4, num_res_blocks=1),
 }
 
-# (widths, frames, height, width). Tiles are 256 pixels wide and start every 192, whatever is left at the end: so 272 is
-# a whole tile and one of 80 pixels, 208 with a larger other side is 208 and 16, 400 is 256, 208 and 16.
+# (widths, frames, height, width). Tiles are 256 pixels wide and start every 192, whatever is left
+# at the end: so 272 is a whole tile and one of 80 pixels, 208 with a larger other side is 208 and
+# 16, 400 is 256, 208 and 16.
 SMALL = [
     ("as Wan", 1, 64, 96),
     ("narrow", 5, 64, 96),
@@ -48,11 +50,16 @@ def pairs(tmp_path_factory):
         return WanVAE.from_pretrained(folder), theirs
 
     # At low contrast no pixel leaves [-1, 1], where clamping would hide errors.
-    return {name: pair(config, 0.1) for name, config in WIDTHS.items()} | {"garish": pair(WIDTHS["narrow"], 2)}
+    return {name: pair(config, 0.1) for name, config in WIDTHS.items()} | {
+        "garish": pair(WIDTHS["narrow"], 2)
+    }
 
 
 def random_video(frames, height, width, batch=1):
-    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    return (
+        torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(2)) * 2
+        - 1
+    )
 
 
 def random_latents(frames, height, width, batch=1):
@@ -62,7 +69,10 @@ def random_latents(frames, height, width, batch=1):
 
 def statistics(theirs):
     """Mean and standard deviation of each latent channel, (16, 1, 1, 1), from the configuration."""
-    return (torch.tensor(theirs.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (
+        torch.tensor(theirs.config[name]).view(-1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
 
 
 @torch.no_grad()
@@ -74,7 +84,8 @@ def reference_encode(theirs, video, tiled):
 
 @torch.no_grad()
 def reference_decode(theirs, latents, tiled):
-    """The video, in [-1, 1] only if untiled: Diffusers does not clamp what it puts together from tiles."""
+    """The video, in [-1, 1] only if untiled: Diffusers does not clamp what it puts together from
+    tiles."""
     theirs.use_tiling = tiled
     mean, std = statistics(theirs)
     return theirs.decode(latents * std + mean).sample
@@ -99,11 +110,18 @@ def test_decode(pairs, widths, frames, height, width, tiled):
 
 
 def test_tiling_shows(pairs):
-    """Tiles and the whole frame differ by far more than the tolerance, or the tests above would prove little."""
+    """Tiles and the whole frame differ by far more than the tolerance, or the tests above would
+    prove little."""
     _, theirs = pairs["narrow"]
     video, latents = random_video(1, 208, 400), random_latents(1, 208, 400)
-    assert relative(reference_encode(theirs, video, True), reference_encode(theirs, video, False)) > 1e-3
-    assert relative(reference_decode(theirs, latents, True), reference_decode(theirs, latents, False)) > 1e-3
+    assert (
+        relative(reference_encode(theirs, video, True), reference_encode(theirs, video, False))
+        > 1e-3
+    )
+    assert (
+        relative(reference_decode(theirs, latents, True), reference_decode(theirs, latents, False))
+        > 1e-3
+    )
 
 
 def test_batch(pairs):
@@ -111,7 +129,9 @@ def test_batch(pairs):
     video, latents = random_video(5, 48, 32, batch=2), random_latents(5, 48, 32, batch=2)
     for one, other in zip(ours.encode(video), reference_encode(theirs, video, False), strict=True):
         assert relative(one, other) <= 1e-5
-    for one, other in zip(ours.decode(latents), reference_decode(theirs, latents, False), strict=True):
+    for one, other in zip(
+        ours.decode(latents), reference_decode(theirs, latents, False), strict=True
+    ):
         assert relative(one, other) <= 1e-5
 
 
@@ -124,7 +144,9 @@ def test_decoded_video_is_clamped(pairs, height, width):
     assert relative(video, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 64, 64), (1, 3, 6, 64, 64), (1, 3, 5, 60, 64), (1, 3, 5, 64, 100)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 4, 64, 64), (1, 3, 6, 64, 64), (1, 3, 5, 60, 64), (1, 3, 5, 64, 100)]
+)
 def test_sizes_that_do_not_fit_are_refused(pairs, shape):
     with pytest.raises(ValueError) as error:
         pairs["narrow"][0].encode(torch.zeros(shape))
@@ -140,7 +162,9 @@ def test_chunks_of_any_length(pairs, sizes):
     mean, std = statistics(theirs)
 
     history = {}
-    moments = torch.cat([ours.encode_chunk(chunk, history) for chunk in video.split(sizes, dim=2)], dim=2)
+    moments = torch.cat(
+        [ours.encode_chunk(chunk, history) for chunk in video.split(sizes, dim=2)], dim=2
+    )
     theirs.use_tiling = False
     assert relative(moments, theirs.encode(video).latent_dist.parameters) <= 1e-5
     assert relative((moments[:, :16] - mean) / std, ours.encode(video)) <= 1e-5
@@ -153,9 +177,9 @@ def test_chunks_of_any_length(pairs, sizes):
 
 
 def test_gradients(pairs):
-    """As training runs it, the whole clip in one chunk: autograd reaches every parameter, with the gradient that
-    Diffusers' streamed evaluation has. In float64, because a gradient is a sum over all pixels (but Diffusers passes
-    through float32 when it upsamples)."""
+    """As training runs it, the whole clip in one chunk: autograd reaches every parameter, with the
+    gradient that Diffusers' streamed evaluation has. In float64, because a gradient is a sum over
+    all pixels (but Diffusers passes through float32 when it upsamples)."""
     ours, theirs = (copy.deepcopy(model).double().requires_grad_() for model in pairs["as Wan"])
     theirs.use_tiling = False
     video, latents = random_video(9, 24, 32).double(), random_latents(9, 24, 32).double()
@@ -166,7 +190,9 @@ def test_gradients(pairs):
     torch.autograd.backward(expected, directions)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None and parameter.grad.norm() > 0, f"no gradient reaches {name}"
+        assert parameter.grad is not None and parameter.grad.norm() > 0, (
+            f"no gradient reaches {name}"
+        )
         assert relative(parameter.grad, gradients[checkpoint_name(name)]) <= 1e-5, name
 
 
@@ -182,12 +208,14 @@ vae.encode(torch.rand(1, 3, 4 * int(sys.argv[2]) - 3, 128, 128))
 
 @pytest.mark.parametrize("script", [DECODE, ENCODE], ids=["decode", "encode"])
 def test_memory_does_not_grow_with_the_clip(tmp_path, script):
-    """72 frames more cost the 14.2 MB that they take themselves and nothing else. 2 MB are allowed, for the latents and
-    for the pages that each run of the process rounds up otherwise (1 MB was seen); a second copy of the clip would cost
-    14.2 and keeping the features of the widest layer 38. Nine frames are the shortest clip in which every layer has a
-    past to remember."""
+    """72 frames more cost the 14.2 MB that they take themselves and nothing else. 2 MB are allowed,
+    for the latents and for the pages that each run of the process rounds up otherwise (1 MB was
+    seen); a second copy of the clip would cost 14.2 and keeping the features of the widest layer
+    38. Nine frames are the shortest clip in which every layer has a past to remember."""
     randomise(AutoencoderKLWan(base_dim=8, num_res_blocks=1)).save_pretrained(tmp_path)
-    clip = {latents: 3 * (4 * latents - 3) * 128 * 128 * 4 for latents in (3, 21)}  # bytes of 9 and of 81 frames
+    clip = {
+        latents: 3 * (4 * latents - 3) * 128 * 128 * 4 for latents in (3, 21)
+    }  # bytes of 9 and of 81 frames
     short, long = (peak_memory(script, tmp_path, latents) - size for latents, size in clip.items())
     print(f"peak beyond the clip: {short / 1e6:.1f} MB for 9 frames, {long / 1e6:.1f} MB for 81")
     assert long - short <= 2e6

@@ -1,4 +1,6 @@
-"""The windows: the mask by its definition, and window attention, fast and slow, against a textbook's."""
+"""The windows: the mask by its definition, and window attention, fast and slow, against a
+textbook's."""
+
 import random
 
 import pytest
@@ -7,9 +9,10 @@ from oracle import relative, seen, token_mask, window_attention, window_mask
 from references import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freeswim import dense_window, inward_mask, grouped_window
+from freeswim import dense_window, grouped_window, inward_mask
 
-# (grid (T, H, W), window (rows, cols)): ordinary, odd sizes, windows larger than one axis or both, single tokens.
+# (grid (T, H, W), window (rows, cols)): ordinary, odd sizes, windows larger than one axis or both,
+# single tokens.
 CASES = [
     ((3, 8, 14), (5, 7)),
     ((2, 9, 7), (3, 5)),
@@ -38,13 +41,26 @@ def test_mask_is_the_authors(name):
 
 
 def random_windows(count):
-    """Grids and windows at random: often the window is larger than an axis, sometimes it is one row or column."""
+    """Grids and windows at random: often the window is larger than an axis, sometimes it is one row
+    or column."""
     draw = random.Random(0)
-    sizes = [[draw.randint(1, 10), draw.randint(1, 10), draw.randint(0, 6), draw.randint(0, 6)] for _ in range(count)]
-    return [(height, width, (2 * rows + 1, 2 * columns + 1)) for height, width, rows, columns in sizes]
+    sizes = [
+        [draw.randint(1, 10), draw.randint(1, 10), draw.randint(0, 6), draw.randint(0, 6)]
+        for _ in range(count)
+    ]
+    return [
+        (height, width, (2 * rows + 1, 2 * columns + 1)) for height, width, rows, columns in sizes
+    ]
 
 
-SINGLES = [(1, 1, (1, 1)), (1, 1, (3, 7)), (1, 9, (1, 3)), (9, 1, (3, 1)), (9, 8, (1, 5)), (9, 8, (1, 1))]
+SINGLES = [
+    (1, 1, (1, 1)),
+    (1, 1, (3, 7)),
+    (1, 9, (1, 3)),
+    (9, 1, (3, 1)),
+    (9, 8, (1, 5)),
+    (9, 8, (1, 1)),
+]
 
 
 @pytest.mark.parametrize("height, width, window", [*SINGLES, *random_windows(60)])
@@ -53,7 +69,10 @@ def test_mask_keeps_its_definition(height, width, window):
     assert mask.shape == (height * width, height * width)
     for query in range(height * width):
         visible = mask[query].view(height, width)
-        rows, columns = visible.any(dim=1).nonzero().flatten(), visible.any(dim=0).nonzero().flatten()
+        rows, columns = (
+            visible.any(dim=1).nonzero().flatten(),
+            visible.any(dim=0).nonzero().flatten(),
+        )
         assert visible.sum() == len(rows) * len(columns)  # a rectangle
         axes = (rows, query // width, height, window[0]), (columns, query % width, width, window[1])
         for positions, own, length, size in axes:
@@ -61,7 +80,9 @@ def test_mask_keeps_its_definition(height, width, window):
             assert positions[-1] - positions[0] == len(positions) - 1  # without gaps
             assert own in positions
             before, after = own - positions[0], positions[-1] - own
-            assert before >= after or positions[0] == 0  # sees less before it than after it only at the border
+            assert (
+                before >= after or positions[0] == 0
+            )  # sees less before it than after it only at the border
             assert after >= before or positions[-1] == length - 1
             assert positions.tolist() == seen(own, length, size)  # and so the tests' own oracle
 
@@ -81,7 +102,7 @@ def test_window_attention_is_the_textbooks(builder, grid, window, kind):
 
 
 class LargestTensor(TorchDispatchMode):
-    """While active, remembers the number of elements of the largest tensor any operation returned."""
+    """Remembers the number of elements of the largest tensor that any operation returned."""
 
     elements = 0
 

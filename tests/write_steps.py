@@ -1,10 +1,12 @@
-"""Writes tests/reference/steps.safetensors: our code taken apart, value by value, for ports to compare with.
+"""Writes tests/reference/steps.safetensors: our code taken apart, value by value, for ports to
+compare with.
 
     python tests/write_steps.py OUT.safetensors
 
-What the values are, tests/reference/README.md tells. Other tests show that this code agrees with the references, and
-tests/test_port.py that the file is what this script writes.
+What the values are, tests/reference/README.md tells. Other tests show that this code agrees with
+the references, and tests/test_port.py that the file is what this script writes.
 """
+
 import sys
 from pathlib import Path
 
@@ -30,11 +32,22 @@ def transformer_steps(case):
         found.setdefault(f"block0.{name}", value)
 
     attention = net.blocks[0].self_attn
-    layers = {"query.linear": attention.to_q, "key.linear": attention.to_k, "value": attention.to_v,
-              "query.norm": attention.norm_q, "key.norm": attention.norm_k}
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output, name=name: keep(name, output))
-             for name, layer in layers.items()]
-    hooks += [attention.to_q.register_forward_hook(lambda layer, inputs, output: keep("modulated", *inputs))]
+    layers = {
+        "query.linear": attention.to_q,
+        "key.linear": attention.to_k,
+        "value": attention.to_v,
+        "query.norm": attention.norm_q,
+        "key.norm": attention.norm_k,
+    }
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: keep(name, output))
+        for name, layer in layers.items()
+    ]
+    hooks += [
+        attention.to_q.register_forward_hook(
+            lambda layer, inputs, output: keep("modulated", *inputs)
+        )
+    ]
 
     def noted_window(query, key, value):  # (B, heads, N, head_dim); noted as (N, heads, head_dim)
         attended = case.window(query, key, value)
@@ -56,12 +69,15 @@ def transformer_steps(case):
         hook.remove()
     frames, height, width = case.meta["grid"]
     found["velocity"] = net.unembed(window, time, (frames, height, width))
-    assert torch.equal(found["velocity"], predict(net, latents, timestep, given["text"], case.window, case.full))
+    assert torch.equal(
+        found["velocity"], predict(net, latents, timestep, given["text"], case.window, case.full)
+    )
     return {f"dit.{name}": value[0] if len(value) == 1 else value for name, value in found.items()}
 
 
 def solver_steps(case):
-    """Three steps of UniPC, from the noised clip and away from the clean one: any velocity shows the solver at work."""
+    """Three steps of UniPC, from the noised clip and away from the clean one: any velocity shows
+    the solver at work."""
     meta, latents = case.meta, case.expected["init_latents"]
     solver = FlowUniPC(meta["steps"], meta["flow_shift"], meta["strength"])
     found, away = {"unipc.levels": solver.sigmas}, latents - case.expected["encoded"]
@@ -72,14 +88,17 @@ def solver_steps(case):
 
 
 def vae_steps(case):
-    """A corner of the set's video through the VAE, a chunk at a time, with what every layer remembers after it."""
+    """A corner of the set's video through the VAE, a chunk at a time, with what every layer
+    remembers after it."""
     vae = case.vae
     layers = {layer: checkpoint_name(name) for name, layer in vae.named_modules()}
     video = as_clip(case.expected["video"])[..., :16, :24]
     found, history, means = {"vae.video": video[0]}, {}, []
 
     def remember(name):
-        found.update({f"{name}.{layers[layer]}": past[0].clone() for layer, past in history.items()})
+        found.update(
+            {f"{name}.{layers[layer]}": past[0].clone() for layer, past in history.items()}
+        )
 
     for t in range(3):
         chunk = video[:, :, :1] if t == 0 else video[:, :, 4 * t - 3 : 4 * t + 1]
@@ -100,7 +119,11 @@ def text_steps():
     encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
     ids = torch.tensor([[7, 31, 2, 19, 38, 11, 1] + 5 * [0]])
     mask = (ids > 0).long()
-    found = {"umt5.ids": ids[0], "umt5.mask": mask[0], "umt5.embedded": (x := encoder.run("shared", ids))[0]}
+    found = {
+        "umt5.ids": ids[0],
+        "umt5.mask": mask[0],
+        "umt5.embedded": (x := encoder.run("shared", ids))[0],
+    }
     for index in range(len(encoder.layers)):
         found[f"umt5.layer{index}"] = (x := encoder.run(f"layers.{index}", x, mask))[0]
     found["umt5.final"] = encoder.run("final_norm", x)[0]
@@ -111,8 +134,12 @@ def text_steps():
 @torch.no_grad()
 def steps():
     odd = load("odd")
-    return {name: value.contiguous() for name, value in (
-        transformer_steps(odd) | solver_steps(odd) | vae_steps(load("wide")) | text_steps()).items()}
+    return {
+        name: value.contiguous()
+        for name, value in (
+            transformer_steps(odd) | solver_steps(odd) | vae_steps(load("wide")) | text_steps()
+        ).items()
+    }
 
 
 if __name__ == "__main__":

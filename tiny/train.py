@@ -1,13 +1,15 @@
 """Train the bundled model from nothing but world.py: `python -m tiny.train --work FOLDER`.
 
-Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is repeated with larger
-bounds: the VAE on small windows of clips at several magnifications; sets of encoded clips, whole scenes and windows;
-then the text encoder and the transformer together, by flow matching. `--start MODEL` begins with the weights of an
-earlier run, and what its latents mean stays. The result is written into this folder in Diffusers layout, in bfloat16.
-It trains model.py's own classes. Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node
-N -m -- tiny.train --work FOLDER` (with the `--`, or torchrun takes `--start` for its own): each makes as many clips and
-as large batches, and gradients are averaged.
+Three stages, each bounded by minutes or clips and each resumed from FOLDER when the command is
+repeated with larger bounds: the VAE on small windows of clips at several magnifications; sets of
+encoded clips, whole scenes and windows; then the text encoder and the transformer together, by flow
+matching. `--start MODEL` begins with the weights of an earlier run, and what its latents mean
+stays. The result is written into this folder in Diffusers layout, in bfloat16. It trains model.py's
+own classes. Every number is logged to FOLDER/log.txt. On several GPUs, `torchrun --nproc-per-node N
+-m -- tiny.train --work FOLDER` (with the `--`, or torchrun takes `--start` for its own): each makes
+as many clips and as large batches, and gradients are averaged.
 """
+
 import argparse
 import json
 import math
@@ -23,7 +25,15 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from freeswim import upsample, window_spans
-from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, load_tokenizer, read_weights, tokenize
+from model import (
+    TextEncoder,
+    WanTransformer,
+    WanVAE,
+    checkpoint_name,
+    load_tokenizer,
+    read_weights,
+    tokenize,
+)
 from support import parallel
 from support.fast import CompiledTransformer
 from tiny import world
@@ -31,51 +41,128 @@ from tiny import world
 HERE = Path(__file__).parent
 RANK, RANKS = parallel.rank(), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
 TRANSFORMER = {
-    "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.2", "num_attention_heads": 5,
-    "attention_head_dim": 48, "num_layers": 8, "ffn_dim": 960, "text_dim": 96, "freq_dim": 256, "in_channels": 16,
-    "out_channels": 16, "patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6, "added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None, "rope_max_seq_len": 1024,
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.35.2",
+    "num_attention_heads": 5,
+    "attention_head_dim": 48,
+    "num_layers": 8,
+    "ffn_dim": 960,
+    "text_dim": 96,
+    "freq_dim": 256,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "added_kv_proj_dim": None,
+    "image_dim": None,
+    "pos_embed_seq_len": None,
+    "rope_max_seq_len": 1024,
 }
 VAE = {
-    "_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.2", "base_dim": 16, "decoder_base_dim": 16,
-    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0,
-    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+    "_class_name": "AutoencoderKLWan",
+    "_diffusers_version": "0.35.2",
+    "base_dim": 16,
+    "decoder_base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "dropout": 0.0,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
 }
 TEXT = {
-    "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 96, "d_kv": 24, "d_ff": 192,
-    "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 64,
-    "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
-    "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0, "tie_word_embeddings": False,
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "d_model": 96,
+    "d_kv": 24,
+    "d_ff": 192,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 64,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu_new",
+    "is_gated_act": True,
+    "is_encoder_decoder": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-TEXT_LENGTH = 32  # tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
-# What is seen, of scenes at which multiple of the native size, and its share of the transformer's batches. Wan was
-# trained at several sizes too, and a full attention that never saw a larger grid repeats the scene in it. And a window
-# of a large frame is a close-up: a model that never saw any puts a floor and a fish into every window.
-SETS = {("scene", 1): 0.3, ("scene", 1.5): 0.05, ("scene", 2): 0.12, ("scene", 3): 0.05,
-        ("window", 1.5): 0.04, ("window", 2): 0.06, ("window", 3): 0.05, ("part", 2): 0.2, ("part", 3): 0.13}
-# Parts are any piece of a scene, of one of these rows and columns of tokens. In a refinement every token is in the
-# middle of its own window: whoever learned from windows of one size goes by how far their edges are, and errs.
+# tokens: no caption is longer. The cross-attention sees the zeros after it: sampling needs as many
+TEXT_LENGTH = 32
+# What is seen, of scenes at which multiple of the native size, and its share of the transformer's
+# batches. Wan was trained at several sizes too, and a full attention that never saw a larger grid
+# repeats the scene in it. And a window of a large frame is a close-up: a model that never saw any
+# puts a floor and a fish into every window.
+SETS = {
+    ("scene", 1): 0.3,
+    ("scene", 1.5): 0.05,
+    ("scene", 2): 0.12,
+    ("scene", 3): 0.05,
+    ("window", 1.5): 0.04,
+    ("window", 2): 0.06,
+    ("window", 3): 0.05,
+    ("part", 2): 0.2,
+    ("part", 3): 0.13,
+}
+# Parts are any piece of a scene, of one of these rows and columns of tokens. In a refinement every
+# token is in the middle of its own window: whoever learned from windows of one size goes by how far
+# their edges are, and errs.
 PARTS = (6, 9), (8, 12), (9, 13), (12, 18), (12, 9)
-# What noise, before the flow shift. A refinement of the paper's strength begins at 0.7; above it, where the places of
-# fish are decided, close-ups would teach base clips to cut fish off at the border, or to show one more there. Windows
-# have a caption of what they show, parts the whole scene's, as a refinement's windows do.
+# What noise, before the flow shift. A refinement of the paper's strength begins at 0.7; above it,
+# where the places of fish are decided, close-ups would teach base clips to cut fish off at the
+# border, or to show one more there. Windows have a caption of what they show, parts the whole
+# scene's, as a refinement's windows do.
 HIGHEST = {"scene": 1.0, "window": 0.75, "part": 0.75}
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of the state and the log")
     add("--output", type=Path, default=HERE, help="folder of the result (default: this one)")
-    add("--start", type=Path, metavar="MODEL", help="folder of a model to begin with, such as this one")
-    add("--seed", type=int, default=0, help="of scenes and noise: another one for each run that goes on")
+    add(
+        "--start",
+        type=Path,
+        metavar="MODEL",
+        help="folder of a model to begin with, such as this one",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of scenes and noise: another one for each run that goes on",
+    )
     add("--vae-minutes", type=float, default=9)
-    add("--vae-learning-rate", type=float, default=2e-3, help="at its highest; less to go on from trained weights")
+    add(
+        "--vae-learning-rate",
+        type=float,
+        default=2e-3,
+        help="at its highest; less to go on from trained weights",
+    )
     add("--vae-batch", type=int, default=16, help="windows in a step")
-    add("--clips", type=int, default=40000, help="as many as fit the pixels of this many of the native size")
+    add(
+        "--clips",
+        type=int,
+        default=40000,
+        help="as many as fit the pixels of this many of the native size",
+    )
     add("--minutes", type=float, default=6, help="of the transformer's training")
-    add("--batch", type=int, default=192, help="clips of the native size in a step; fewer of the larger ones")
+    add(
+        "--batch",
+        type=int,
+        default=192,
+        help="clips of the native size in a step; fewer of the larger ones",
+    )
     add("--learning-rate", type=float, default=1e-3, help="of the transformer, at its highest")
     add("--height", type=int, default=128, help="native, in pixels")
     add("--width", type=int, default=192)
@@ -85,13 +172,17 @@ def parse_arguments():
 
 
 def schedule(progress, step, warmup=100):
-    """Learning rate factor: a short warm-up, constant, then a cosine to nothing over the second half."""
-    return min(1, (step + 1) / warmup) * (1 if progress < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1)))
+    """Learning rate factor: a short warm-up, constant, then a cosine to nothing over the second
+    half."""
+    return min(1, (step + 1) / warmup) * (
+        1 if progress < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * progress - 1))
+    )
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once: one after the other,
-    80 small ones took longer than all the rest of a step. (https://kellerjordan.github.io/posts/muon)"""
+    """torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once:
+    one after the other, 80 small ones took longer than all the rest of a step.
+    (https://kellerjordan.github.io/posts/muon)"""
 
     def __init__(self, matrices, lr, weight_decay=0.01, momentum=0.95):
         shapes = {}
@@ -109,17 +200,22 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(gradient, 1 - momentum)
             update = orthogonal(gradient.lerp(average, momentum))
             torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(matrices, list(update), alpha=-rate * 0.2 * math.sqrt(max(update.shape[1:])))
+            torch._foreach_add_(
+                matrices, list(update), alpha=-rate * 0.2 * math.sqrt(max(update.shape[1:]))
+            )
 
 
 def orthogonal(matrices):
-    """Matrices (N, rows, columns) with singular values near 1, by five Newton-Schulz steps in bfloat16."""
+    """Matrices (N, rows, columns) with singular values near 1, by five Newton-Schulz steps in
+    bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445
+        )
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -138,10 +234,11 @@ def average_gradients(net):
 
 
 def train(name, net, loss_of, minutes, learning_rate, args, log):
-    """Minimise `loss_of(step)` for some minutes of training in all, resuming from the state in args.work.
+    """Minimise `loss_of(step)` for some minutes of training in all, resuming from the state in
+    args.work.
 
-    Returns the number of steps. `net` ends with the exponential moving average of its weights. The matrices of the
-    transformer's blocks are trained by Muon, all else by AdamW.
+    Returns the number of steps. `net` ends with the exponential moving average of its weights. The
+    matrices of the transformer's blocks are trained by Muon, all else by AdamW.
     """
     file = args.work / f"{name}.pt"
     for weight in net.parameters():
@@ -149,7 +246,9 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     matrices, others = [], []
     for key, weight in net.named_parameters():
         (matrices if "transformer.blocks" in key and weight.ndim == 2 else others).append(weight)
-    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    optimizers = [
+        torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ]
     if matrices:
         optimizers.append(Muon(matrices, learning_rate))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -157,14 +256,19 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
-        for optimizer, saved_state in zip(optimizers, state["optimizers"]):
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         average.load_state_dict(state["average"])
         step, before = state["step"], state["seconds"]
 
     def save():
-        state = {"net": net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                 "average": average.state_dict(), "step": step, "seconds": seconds}
+        state = {
+            "net": net.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "average": average.state_dict(),
+            "step": step,
+            "seconds": seconds,
+        }
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
@@ -200,46 +304,68 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
 
 
 def vae_windows(args, generator, size=64):
-    """Windows of clips, (B, 3, F, size, size): of ten, six near a fish and two near a bubble, if it is there, magnified
-    up to three times. Of all frames: a decoder that learned from shorter clips coloured noses and tails wrong near the
-    end. Around all of a fish: one that saw little of what is before noses and behind tails did so anywhere."""
+    """Windows of clips, (B, 3, F, size, size): of ten, six near a fish and two near a bubble, if it
+    is there, magnified up to three times. Of all frames: a decoder that learned from shorter clips
+    coloured noses and tails wrong near the end. Around all of a fish: one that saw little of what
+    is before noses and behind tails did so anywhere."""
     frames, count = args.frames, args.vae_batch
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(6, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    fish, bubble, within = u[4] < 0.6, (u[4] > 0.8) & (scenes["bubble_y"][:, 0] > 0), size / 2 * pixel
+    fish, bubble, within = (
+        u[4] < 0.6,
+        (u[4] > 0.8) & (scenes["bubble_y"][:, 0] > 0),
+        size / 2 * pixel,
+    )
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
     fish_x = world.fish_x(scenes, 2 * world.half_time(frames) * u[5][:, None])[:, 0]  # at any time
-    near_fish = (fish_x + (u[2] - 0.5) * 1.4 * scenes["length"][:, 0],
-                 scenes["y"][:, 0] + (u[3] - 0.5) * 0.7 * scenes["length"][:, 0])
+    near_fish = (
+        fish_x + (u[2] - 0.5) * 1.4 * scenes["length"][:, 0],
+        scenes["y"][:, 0] + (u[3] - 0.5) * 0.7 * scenes["length"][:, 0],
+    )
     rise = scenes["bubble_speed"][:, 0] * world.half_time(frames)
-    near_bubble = (scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
-                   scenes["bubble_y"][:, 0] - rise + (u[3] - 0.5) * within)
-    x, y = (torch.where(fish, one, torch.where(bubble, other, anywhere)) - within for one, other, anywhere in zip(
-        near_fish, near_bubble, (u[2] * world.WIDTH, u[3])))
-    x, y = x.clamp(min=0).minimum(world.WIDTH - size * pixel), y.clamp(min=0).minimum(1 - size * pixel)
+    near_bubble = (
+        scenes["bubble_x"][:, 0] + (u[2] - 0.5) * within,
+        scenes["bubble_y"][:, 0] - rise + (u[3] - 0.5) * within,
+    )
+    x, y = (
+        torch.where(fish, one, torch.where(bubble, other, anywhere)) - within
+        for one, other, anywhere in zip(
+            near_fish, near_bubble, (u[2] * world.WIDTH, u[3]), strict=True
+        )
+    )
+    x, y = (
+        x.clamp(min=0).minimum(world.WIDTH - size * pixel),
+        y.clamp(min=0).minimum(1 - size * pixel),
+    )
     to = lambda part: part.to(args.device)  # noqa: E731
-    return world.render({k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel)))
+    return world.render(
+        {k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel))
+    )
 
 
 def blurred(video, generator):
-    """What the VAE meets in a refinement, of clips (B, 3, F, H, W): as if they had been made at a half or a third of
-    their size and resized bilinearly, with colours that are a little off here and there."""
+    """What the VAE meets in a refinement, of clips (B, 3, F, H, W): as if they had been made at a
+    half or a third of their size and resized bilinearly, with colours that are a little off here
+    and there."""
     parts = 2 + torch.randint(0, 2, (1,), generator=generator).item()
     frames, (height, width) = video.transpose(1, 2).flatten(0, 1), video.shape[-2:]
     small = F.interpolate(frames, (height // parts, width // parts), mode="area")
     smooth = upsample(small.unflatten(0, (len(video), -1)).transpose(1, 2), height, width)
-    off = 0.15 * torch.rand(len(video), 1, 1, 1, 1, generator=generator) * torch.randn(
-        len(video), 3, 3, 5, 5, generator=generator)
+    off = (
+        0.15
+        * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
+        * torch.randn(len(video), 3, 3, 5, 5, generator=generator)
+    )
     return (smooth + F.interpolate(off.to(video), video.shape[2:], mode="trilinear")).clamp(-1, 1)
 
 
 def vae_loss(vae, video):
-    """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents' divergence from
-    normal. What stands out from its surroundings weighs more: bubbles and spots are few pixels, and would be lost.
-    So does the first frame, which has no past to be made from. And so do places of the wrong colour, by their square:
-    a pink snout that comes out orange is few pixels too. Latents are decoded with some noise, as a transformer's are
-    not exact either."""
+    """L1 and L2 of pixels, L1 of their differences in space and time, and a little of the latents'
+    divergence from normal. What stands out from its surroundings weighs more: bubbles and spots are
+    few pixels, and would be lost. So does the first frame, which has no past to be made from. And
+    so do places of the wrong colour, by their square: a pink snout that comes out orange is few
+    pixels too. Latents are decoded with some noise, as a transformer's are not exact either."""
     mean, logvar = vae.encode_chunk(video, {}).float().chunk(2, dim=1)
     logvar = logvar.clamp(-12, 4)
     latents = mean + torch.randn_like(mean) * (0.05 + (0.5 * logvar).exp())
@@ -257,61 +383,93 @@ def vae_loss(vae, video):
 
 
 def reconstruction(vae, args, scale):
-    """Of held-out clips with bubbles, at a multiple of the native size: PSNR in dB, and the share of the bubbles'
-    contrast that is left."""
+    """Of held-out clips with bubbles, at a multiple of the native size: PSNR in dB, and the share
+    of the bubbles' contrast that is left."""
     scenes = world.sample_scenes(3, torch.Generator().manual_seed(10**6), args.frames)
     scenes = {key: value.to(args.device) for key, value in scenes.items()}
-    without, video = (world.render(scenes | {"bubbles": torch.full_like(scenes["bubbles"], there)},
-                                   args.height * scale, args.width * scale, args.frames) for there in (0, 1))
+    without, video = (
+        world.render(
+            scenes | {"bubbles": torch.full_like(scenes["bubbles"], there)},
+            args.height * scale,
+            args.width * scale,
+            args.frames,
+        )
+        for there in (0, 1)
+    )
     decoded = vae.decode(vae.encode(video), tiled=False)
     kept = ((decoded - without) * (video - without)).sum() / (video - without).square().sum()
     return 10 * math.log10(4 / (decoded - video).square().mean().item()), kept.item()
 
 
 def cut(clips, rows, columns, generator=None):
-    """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of tokens large:
-    (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. As in a refinement, windows move inward at
-    borders, and are cut from latents: where a window ends, no frame does, and the encoder padded nothing."""
-    top, left = (window_spans(size // 2, tokens)[0][torch.randint(size // 2, (len(clips),), generator=generator)]
-                 for size, tokens in zip(clips.shape[3:], (rows, columns)))
-    windows = [clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
-               for clip, y, x in zip(clips, top.tolist(), left.tolist())]
+    """Of each of (B, 16, T, h, w) latents the window of a random token, so many rows and columns of
+    tokens large: (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. As in a
+    refinement, windows move inward at borders, and are cut from latents: where a window ends, no
+    frame does, and the encoder padded nothing."""
+    top, left = (
+        window_spans(size // 2, tokens)[0][
+            torch.randint(size // 2, (len(clips),), generator=generator)
+        ]
+        for size, tokens in zip(clips.shape[3:], (rows, columns), strict=True)
+    )
+    windows = [
+        clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
+        for clip, y, x in zip(clips, top.tolist(), left.tolist(), strict=True)
+    ]
     return torch.stack(windows), top, left
 
 
 def cut_windows(latents, scenes, scale, args, generator):
-    """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them: latents and captions of what is
-    seen."""
-    rows, columns = (2 * (size // 32) + 1 for size in (args.height, args.width))  # in tokens, of 16 pixels
+    """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them: latents and
+    captions of what is seen."""
+    rows, columns = (
+        2 * (size // 32) + 1 for size in (args.height, args.width)
+    )  # in tokens, of 16 pixels
     pixel, windows, text = torch.full((len(latents),), 1 / (args.height * scale)), [], []
     for _ in range(int(scale**2)):
         pieces, top, left = cut(latents, rows, columns, generator)
         windows.append(pieces)
-        text += world.captions(scenes, (16 * pixel * left, 16 * pixel * top, pixel), (16 * rows, 16 * columns),
-                               args.frames)
+        text += world.captions(
+            scenes,
+            (16 * pixel * left, 16 * pixel * top, pixel),
+            (16 * rows, 16 * columns),
+            args.frames,
+        )
     return torch.cat(windows), text
 
 
 def encoded_clips(vae, tokenizer, shown, scale, args, log):
-    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random scenes at a multiple
-    of the native size, the larger, the fewer, or of windows of such scenes."""
+    """Latents (clips, 16, T, h, w), not normalised, and token ids and masks (clips, L) of random
+    scenes at a multiple of the native size, the larger, the fewer, or of windows of such scenes."""
     file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
         shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
         share = SETS[shown, scale] + (SETS.get(("part", scale), 0) if shown == "scene" else 0)
-        generator, parts = torch.Generator().manual_seed(
-            10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))), []
+        generator, parts = (
+            torch.Generator().manual_seed(
+                10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))
+            ),
+            [],
+        )
         for _ in range(math.ceil(args.clips * share / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
-            video = world.render({key: value.to(args.device) for key, value in scenes.items()}, *shape, args.frames)
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+            video = world.render(
+                {key: value.to(args.device) for key, value in scenes.items()}, *shape, args.frames
+            )
+            with (
+                torch.no_grad(),
+                torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"),
+            ):
                 latents = vae.encode_chunk(video, {}).chunk(2, dim=1)[0].bfloat16().cpu()
             text = world.captions(scenes, frames=args.frames)
             if shown == "window":
                 latents, text = cut_windows(latents, scenes, scale, args, generator)
             parts.append((latents, *tokenize(tokenizer, text)))
-        joined = [torch.cat(column) for column in zip(*parts)]
-        log(f"{len(joined[0])} clips encoded, {shown} at {scale} times the native size, such as: {text[0]!r}")
+        joined = [torch.cat(column) for column in zip(*parts, strict=True)]
+        log(
+            f"{len(joined[0])} clips encoded, {shown} at {scale} times the native size, "
+            f"such as: {text[0]!r}"
+        )
         torch.save(joined, file)
     return [part.to(args.device) for part in torch.load(file, weights_only=True)]
 
@@ -319,18 +477,25 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
 def write(net, config, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    weights = {checkpoint_name(key): value.bfloat16().cpu().contiguous() for key, value in net.state_dict().items()}
+    weights = {
+        checkpoint_name(key): value.bfloat16().cpu().contiguous()
+        for key, value in net.state_dict().items()
+    }
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
 
 
 def train_vae(args, log):
-    if args.start:  # its encoder stays, so that a transformer that learned from its latents still fits
+    if (
+        args.start
+    ):  # its encoder stays, so that a transformer that learned from its latents still fits
         vae = WanVAE.from_pretrained(args.start / "vae")
         for part in (vae.post_quant_conv, vae.decoder):
             part.requires_grad_()
     else:
         vae = WanVAE(VAE)
-        vae.quant_conv.bias.data[VAE["z_dim"] :] = -6  # log variances: little noise at first, or nothing comes through
+        vae.quant_conv.bias.data[
+            VAE["z_dim"] :
+        ] = -6  # log variances: little noise at first, or nothing comes through
     vae.to(args.device)
 
     def loss_of(step):
@@ -341,7 +506,10 @@ def train_vae(args, log):
     steps = train("vae", vae, loss_of, args.vae_minutes, args.vae_learning_rate, args, log)
     for scale in (1, 2):
         psnr, kept = reconstruction(vae, args, scale)
-        log(f"vae after {steps} steps, at {scale} times the native size: PSNR {psnr:.2f} dB, bubbles at {kept:.0%}")
+        log(
+            f"vae after {steps} steps, at {scale} times the native size: PSNR {psnr:.2f} "
+            f"dB, bubbles at {kept:.0%}"
+        )
     return vae
 
 
@@ -359,21 +527,30 @@ def new_transformer(cls, config):
 def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
     """The text encoder and the transformer, as one ModuleDict, from the encoded clips."""
     cls = WanTransformer if args.device == "cpu" else CompiledTransformer  # twice as fast
-    nets = torch.nn.ModuleDict({"text": TextEncoder(text_config), "transformer": new_transformer(cls, TRANSFORMER)})
+    nets = torch.nn.ModuleDict(
+        {"text": TextEncoder(text_config), "transformer": new_transformer(cls, TRANSFORMER)}
+    )
     if args.start:
-        loaded = {"text": TextEncoder.from_pretrained(args.start / "text_encoder"),
-                  "transformer": WanTransformer.from_pretrained(args.start / "transformer")}
+        loaded = {
+            "text": TextEncoder.from_pretrained(args.start / "text_encoder"),
+            "transformer": WanTransformer.from_pretrained(args.start / "transformer"),
+        }
         read_weights(loaded["text"], loaded["text"].sources, "cpu", torch.float32)
         for name, net in loaded.items():
             nets[name].load_state_dict(net.state_dict())
     nets.to(args.device)
     empty_ids, empty_mask = (part.to(args.device) for part in tokenize(tokenizer, [""]))
-    kinds = torch.Generator().manual_seed(0)  # in all processes the same kind of clips, which takes equally long
+    kinds = torch.Generator().manual_seed(
+        0
+    )  # in all processes the same kind of clips, which takes equally long
     firsts = []  # of the first latent frame, the loss apart
 
     def flow_loss(step):
-        """The squared error of the velocity at a random noise level; one prompt in ten is empty, for the guidance."""
-        shown, scale = list(SETS)[torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()]
+        """The squared error of the velocity at a random noise level; one prompt in ten is empty,
+        for the guidance."""
+        shown, scale = list(SETS)[
+            torch.multinomial(torch.tensor(list(SETS.values())), 1, generator=kinds).item()
+        ]
         clips, ids, masks = sets["scene" if shown == "part" else shown, scale]
         size = clips.shape[3] // 2, clips.shape[4] // 2  # in tokens
         if shown == "part":
@@ -384,18 +561,27 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
         text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
-        clean = (cut(clips[pick], *size)[0].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        clean = (cut(clips[pick], *size)[0].float() - mean.view(-1, 1, 1, 1)) / std.view(
+            -1, 1, 1, 1
+        )
         u = torch.rand(count, device=args.device) * HIGHEST[shown]
         sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
         noise = torch.randn_like(clean)
-        velocity = nets["transformer"]((1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text)
+        velocity = nets["transformer"](
+            (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text
+        )
         error = (velocity - (noise - clean)).square()
         first, later = error[:, :, 0].mean(), error[:, :, 1:].mean()
         firsts.append(first.detach())
         if len(firsts) == 500:
-            log(f"transformer step {step + 1}, first frame: loss {torch.stack(firsts).mean().item():.4f}")
+            log(
+                f"transformer step {step + 1}, first frame: loss "
+                f"{torch.stack(firsts).mean().item():.4f}"
+            )
             firsts.clear()
-        return (2 * first + 4 * later) / 6  # the first is twice as important: it alone is a frame of its own
+        return (
+            2 * first + 4 * later
+        ) / 6  # the first is twice as important: it alone is a frame of its own
 
     train("transformer", nets, flow_loss, args.minutes, args.learning_rate, args, log)
     return nets
@@ -420,8 +606,11 @@ def main():
     (args.output / "tokenizer").mkdir(parents=True, exist_ok=True)
     words = world.build_tokenizer(args.output / "tokenizer" / "tokenizer.json")
     tokenizer = load_tokenizer(args.output / "tokenizer", TEXT_LENGTH)
-    sets = {key: encoded_clips(vae, tokenizer, *key, args, log) for key in SETS
-            if key[0] != "part" and (args.minutes > 0 or not args.start)}
+    sets = {
+        key: encoded_clips(vae, tokenizer, *key, args, log)
+        for key in SETS
+        if key[0] != "part" and (args.minutes > 0 or not args.start)
+    }
     if args.start:  # its latents are kept
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:
@@ -431,14 +620,30 @@ def main():
     nets = train_transformer(sets, mean, std, tokenizer, text_config, args, log)
 
     for net, config, part in (
-            (vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, "vae"),
-            (nets["transformer"], TRANSFORMER, "transformer"), (nets["text"], text_config, "text_encoder")):
-        write(net, config, args.output / part, "model" if part == "text_encoder" else "diffusion_pytorch_model")
-    (args.output / "model_index.json").write_text(json.dumps({
-        "_class_name": "WanPipeline", "_diffusers_version": "0.35.2",
-        "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
-    }, indent=1) + "\n")
+        (vae, {**VAE, "latents_mean": mean.tolist(), "latents_std": std.tolist()}, "vae"),
+        (nets["transformer"], TRANSFORMER, "transformer"),
+        (nets["text"], text_config, "text_encoder"),
+    ):
+        write(
+            net,
+            config,
+            args.output / part,
+            "model" if part == "text_encoder" else "diffusion_pytorch_model",
+        )
+    (args.output / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "WanPipeline",
+                "_diffusers_version": "0.35.2",
+                "text_encoder": ["transformers", "UMT5EncoderModel"],
+                "tokenizer": ["transformers", "T5TokenizerFast"],
+                "transformer": ["diffusers", "WanTransformer3DModel"],
+                "vae": ["diffusers", "AutoencoderKLWan"],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

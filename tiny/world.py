@@ -1,10 +1,11 @@
-"""The procedural aquarium that the bundled model learned: scenes, their captions, and their pictures at any size.
+"""The procedural aquarium that the bundled model learned: scenes, their captions, and their
+pictures at any size.
 
-A scene is a dict of tensors with one row per scene. Positions are in frame heights: x from 0 to 1.5, y from 0 at the
-top to 1. Everything is drawn by distance and blended over one pixel, so that the same scene can be rendered at every
-size, and is sharper the larger it is. A clip has 16 frames per second.
+A scene is a dict of tensors with one row per scene. Positions are in frame heights: x from 0 to
+1.5, y from 0 at the top to 1. Everything is drawn by distance and blended over one pixel, so that
+the same scene can be rendered at every size, and is sharper the larger it is. A clip has 16 frames
+per second.
 """
-import math
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -18,11 +19,14 @@ COLOURS = {
 }
 PATTERNS = ("plain", "striped", "spotted")
 WIDTH, FPS, FISH, BLADES, BUBBLES = 1.5, 16, 2, 3, 3
-WORDS = "a two large small fish swims swim left right and above a sandy floor with seaweed bubbles".split()
+WORDS = (
+    "a two large small fish swims swim left right and above a sandy floor with seaweed bubbles"
+).split()
 
 
 def sample_scenes(count, generator, frames=17):
-    """`count` random scenes: one fish, or, of three, one time two in two different colours, one above the other."""
+    """`count` random scenes: one fish, or, of three, one time two in two different colours, one
+    above the other."""
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -40,23 +44,48 @@ def sample_scenes(count, generator, frames=17):
     length = torch.where(two[:, None], length.clamp(max=0.62), length)
     direction = 2 * choice(2, FISH) - 1
     speed = uniform(0.12, 0.25, FISH)
-    middle = uniform(0, 1, FISH) * (WIDTH - length - 0.1) + length / 2 + 0.05  # where it is half-way through the clip
+    middle = (
+        uniform(0, 1, FISH) * (WIDTH - length - 0.1) + length / 2 + 0.05
+    )  # where it is half-way through the clip
     room = 0.84 - 0.44 * length.sum(1, keepdim=True)  # the height that two fish leave free
     gaps = torch.sort(uniform(0, 1, FISH), dim=1).values * room.clamp(min=0)
-    above = torch.cat([gaps[:, :1] + 0.22 * length[:, :1],
-                       gaps[:, 1:] + 0.44 * length[:, :1] + 0.22 * length[:, 1:]], dim=1)
+    above = torch.cat(
+        [
+            gaps[:, :1] + 0.22 * length[:, :1],
+            gaps[:, 1:] + 0.44 * length[:, :1] + 0.22 * length[:, 1:],
+        ],
+        dim=1,
+    )
     alone = uniform(0.03, 0.80, FISH).clamp(min=0.24 * length, max=0.82 - 0.22 * length)
     scenes = {
-        "fish": 1 + two.long(), "colour": colour, "pattern": choice(len(PATTERNS), FISH), "length": length,
-        "direction": direction, "speed": speed, "x": middle - direction * speed * half_time(frames),
-        "y": torch.where(two[:, None], above, alone), "wag": uniform(5, 8, FISH), "phase": uniform(0, 6.28, FISH),
-        "floor": uniform(0.82, 0.90), "dune": uniform(0, 6.28), "light": uniform(-1, 1), "ray": uniform(0, 6.28),
-        "seaweed": choice(2), "blade_x": apart(BLADES), "blade_height": uniform(0.25, 0.5, BLADES),
-        "blade_phase": uniform(0, 6.28, BLADES), "bubbles": choice(2), "bubble_radius": uniform(0.03, 0.05, BUBBLES),
+        "fish": 1 + two.long(),
+        "colour": colour,
+        "pattern": choice(len(PATTERNS), FISH),
+        "length": length,
+        "direction": direction,
+        "speed": speed,
+        "x": middle - direction * speed * half_time(frames),
+        "y": torch.where(two[:, None], above, alone),
+        "wag": uniform(5, 8, FISH),
+        "phase": uniform(0, 6.28, FISH),
+        "floor": uniform(0.82, 0.90),
+        "dune": uniform(0, 6.28),
+        "light": uniform(-1, 1),
+        "ray": uniform(0, 6.28),
+        "seaweed": choice(2),
+        "blade_x": apart(BLADES),
+        "blade_height": uniform(0.25, 0.5, BLADES),
+        "blade_phase": uniform(0, 6.28, BLADES),
+        "bubbles": choice(2),
+        "bubble_radius": uniform(0.03, 0.05, BUBBLES),
         "bubble_speed": uniform(0.12, 0.25, BUBBLES),
     }
-    # A bubble rises where it meets no fish, or is not there: half hidden, it would be too hard for a tiny model.
-    scenes["bubble_x"], scenes["bubble_y"] = torch.zeros(count, BUBBLES), -torch.ones(count, BUBBLES)  # above the water
+    # A bubble rises where it meets no fish, or is not there: half hidden, it would be too hard for
+    # a tiny model.
+    scenes["bubble_x"], scenes["bubble_y"] = (
+        torch.zeros(count, BUBBLES),
+        -torch.ones(count, BUBBLES),
+    )  # above the water
     for _ in range(6):
         x, y = apart(BUBBLES), uniform(0.2, 0.75, BUBBLES)
         found = (scenes["bubble_y"] < 0) & meets_no_fish(scenes, x, y, frames)
@@ -66,7 +95,8 @@ def sample_scenes(count, generator, frames=17):
 
 
 def meets_no_fish(scenes, x, y, frames):
-    """Whether bubbles that begin at `x` and `y`, (B, BUBBLES) each, keep clear of the box that each fish swims in."""
+    """Whether bubbles that begin at `x` and `y`, (B, BUBBLES) each, keep clear of the box that each
+    fish swims in."""
     x, y, speed = x[..., None], y[..., None], scenes["bubble_speed"][..., None]
     fish_y, length = scenes["y"][:, None], scenes["length"][:, None]
     clear = torch.ones(len(x), BUBBLES, FISH, dtype=torch.bool)
@@ -89,19 +119,31 @@ def fish_x(scenes, seconds):
 
 
 def captions(scenes, window=None, shape=None, frames=17):
-    """What a scene shows half-way through the clip, in words, one string per scene. With a `window` as in `render`, of
-    `shape` pixels, what is seen in it: fish of which a third is there, as large as they seem, and the rest at all."""
+    """What a scene shows half-way through the clip, in words, one string per scene. With a `window`
+    as in `render`, of `shape` pixels, what is seen in it: fish of which a third is there, as large
+    as they seem, and the rest at all."""
     if window is None:  # all of it, as one pixel high
         zero, shape = torch.zeros(len(scenes["x"])), (1, WIDTH)
         window = zero, zero, zero + 1
     half, result = half_time(frames), []
-    scenes = {key: value.tolist() for key, value in (scenes | {"middle": fish_x(scenes, half)}).items()}
-    for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window))):
-        scene, height, width = {key: value[row] for key, value in scenes.items()}, shape[0] * pixel, shape[1] * pixel
+    scenes = {
+        key: value.tolist() for key, value in (scenes | {"middle": fish_x(scenes, half)}).items()
+    }
+    for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window), strict=True)):
+        scene, height, width = (
+            {key: value[row] for key, value in scenes.items()},
+            shape[0] * pixel,
+            shape[1] * pixel,
+        )
 
-        def share(x, y, long, high):  # of a box around a point, how much is in the window
-            inside = [max(min(middle + size / 2, start + extent) - max(middle - size / 2, start), 0) / size
-                      for middle, size, start, extent in ((x, long, left, width), (y, high, top, height))]
+        def share(
+            x, y, long, high, left=left, top=top, width=width, height=height
+        ):  # of a box around a point, how much is in the window
+            inside = [
+                max(min(middle + size / 2, start + extent) - max(middle - size / 2, start), 0)
+                / size
+                for middle, size, start, extent in ((x, long, left, width), (y, high, top, height))
+            ]
             return inside[0] * inside[1]
 
         fish = []
@@ -109,40 +151,58 @@ def captions(scenes, window=None, shape=None, frames=17):
             length = scene["length"][one]
             if share(scene["middle"][one], scene["y"][one], length, 0.4 * length) > 1 / 3:
                 size = "large" if length > height / 2 else "small"
-                colour, pattern = list(COLOURS)[scene["colour"][one]], PATTERNS[scene["pattern"][one]]
+                colour, pattern = (
+                    list(COLOURS)[scene["colour"][one]],
+                    PATTERNS[scene["pattern"][one]],
+                )
                 side = "right" if scene["direction"][one] > 0 else "left"
                 fish.append(f"a {size} {colour} {pattern} fish swims {side}")
-        blades = [share(x, scene["floor"] + 0.03 - up / 2, 0.03, up)
-                  for x, up in zip(scene["blade_x"], scene["blade_height"])]
-        bubbles = [share(x, y - speed * half, 2 * radius, 2 * radius) for x, y, speed, radius in zip(
-            *(scene[f"bubble_{part}"] for part in ("x", "y", "speed", "radius")))]
+        blades = [
+            share(x, scene["floor"] + 0.03 - up / 2, 0.03, up)
+            for x, up in zip(scene["blade_x"], scene["blade_height"], strict=True)
+        ]
+        bubbles = [
+            share(x, y - speed * half, 2 * radius, 2 * radius)
+            for x, y, speed, radius in zip(
+                *(scene[f"bubble_{part}"] for part in ("x", "y", "speed", "radius")), strict=True
+            )
+        ]
         seen = {"seaweed": blades, "bubbles": bubbles}
         things = [thing for thing, shares in seen.items() if scene[thing] and max(shares) > 0.2]
         floor = ["above a sandy floor"] * (top + height > scene["floor"] + 0.03)
-        result.append(" ".join([" and ".join(fish), *floor, "with " * bool(things) + " and ".join(things)]).strip())
+        result.append(
+            " ".join(
+                [" and ".join(fish), *floor, "with " * bool(things) + " and ".join(things)]
+            ).strip()
+        )
     return result
 
 
 def build_tokenizer(file):
     """Write a tokenizer.json of whole words, in which `</s>` ends every text."""
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys([*WORDS, *COLOURS, *PATTERNS])]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.save(str(file))
     return len(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing. `x` and `y` are maps of positions, (B, 1, H, W); `t` is (1, F, 1, 1), in seconds; `pixel` is a pixel's size.
+# --------------------------------------------------------------------------------------------------
+# Drawing. `x` and `y` are maps of positions, (B, 1, H, W); `t` is (1, F, 1, 1), in seconds; `pixel`
+# is a pixel's size.
 
 
 def paint(picture, colour, distance, pixel):
     """Cover what has a negative distance with a colour: three numbers or maps."""
     cover = (0.5 - distance / pixel).clamp(0, 1)
-    return [below + cover * (above - below) for below, above in zip(picture, colour)]
+    return [below + cover * (above - below) for below, above in zip(picture, colour, strict=True)]
 
 
 def ellipse(x, y, width, height):
@@ -171,13 +231,21 @@ def render(scenes, height, width, frames=17, window=None):
         return value.view(-1, 1, 1, 1)
 
     slope, light = x + 0.45 * y, of("light")
-    ray = 0.07 * torch.sin(9 * slope + of("ray") + 0.5 * t) * torch.sin(4 * slope - 0.7 * t) * (1 - y)
-    picture = [0.38 - 0.36 * y + ray, 0.74 - 0.46 * y + 0.05 * light + ray, 0.92 - 0.36 * y - 0.04 * light + ray]
+    ray = (
+        0.07 * torch.sin(9 * slope + of("ray") + 0.5 * t) * torch.sin(4 * slope - 0.7 * t) * (1 - y)
+    )
+    picture = [
+        0.38 - 0.36 * y + ray,
+        0.74 - 0.46 * y + 0.05 * light + ray,
+        0.92 - 0.36 * y - 0.04 * light + ray,
+    ]
 
     for one in range(BLADES):
         h, phase = of("blade_height", one), of("blade_phase", one)
         up = ((of("floor") + 0.03 - y) / h).clamp(0, 1)
-        sway = 0.05 * up * up * torch.sin(2.2 * t + phase - 3 * up) + 0.012 * torch.sin(10 * up + phase)
+        sway = 0.05 * up * up * torch.sin(2.2 * t + phase - 3 * up) + 0.012 * torch.sin(
+            10 * up + phase
+        )
         blade = (x - of("blade_x", one) - sway).abs() - 0.022 * (1 - 0.7 * up)
         blade = torch.maximum(blade, of("floor") + 0.03 - h - y) + 9.0 * (of("seaweed") == 0)
         picture = paint(picture, [0.08 + 0.06 * up, 0.42 + 0.2 * up, 0.16 + 0 * up], blade, pixel)
@@ -201,13 +269,28 @@ def render(scenes, height, width, frames=17, window=None):
     for one in range(FISH):
         base = palette[scenes["colour"][:, one]].view(-1, 3, 1, 1, 1).unbind(1)
         there = 9.0 * (of("fish") <= one)
-        picture = draw_fish(picture, base, {name: of(name, one) for name in (
-            "x", "y", "length", "direction", "speed", "wag", "phase", "pattern")}, x, y, t, pixel, there)
-    return torch.stack([part.expand(-1, frames, -1, -1) for part in picture], dim=1).clamp(0, 1) * 2 - 1
+        picture = draw_fish(
+            picture,
+            base,
+            {
+                name: of(name, one)
+                for name in ("x", "y", "length", "direction", "speed", "wag", "phase", "pattern")
+            },
+            x,
+            y,
+            t,
+            pixel,
+            there,
+        )
+    return (
+        torch.stack([part.expand(-1, frames, -1, -1) for part in picture], dim=1).clamp(0, 1) * 2
+        - 1
+    )
 
 
 def draw_fish(picture, base, fish, x, y, t, pixel, there):
-    """A fish in its own coordinates: nose at (0.5, 0), tail at (-0.5, 0), upright; `there` is large if it is not."""
+    """A fish in its own coordinates: nose at (0.5, 0), tail at (-0.5, 0), upright; `there` is large
+    if it is not."""
     length, direction = fish["length"], fish["direction"]
     pixel, there = pixel / length, there / length
     dx = direction * (x - fish["x"] - direction * fish["speed"] * t) / length
@@ -228,7 +311,10 @@ def draw_fish(picture, base, fish, x, y, t, pixel, there):
     picture = paint(picture, dark, body - 0.014 + there, pixel)
 
     belly = (2 * dy).clamp(-0.35, 0.4)
-    skin = [c * (1 + belly.clamp(max=0)) + belly.clamp(min=0) * (p - c) for c, p in zip(base, pale)]
+    skin = [
+        c * (1 + belly.clamp(max=0)) + belly.clamp(min=0) * (p - c)
+        for c, p in zip(base, pale, strict=True)
+    ]
     band = (((dx + 0.5 * dy * dy) / 0.19 + 0.25) % 1 - 0.5).abs() * 0.19 - 0.04
     stripes = torch.maximum(band, (dx - 0.24).abs() - 0.42) + 9.0 * (fish["pattern"] != 1)
     row = torch.floor(dy / 0.12 + 0.5)
@@ -238,11 +324,19 @@ def draw_fish(picture, base, fish, x, y, t, pixel, there):
     stripes = torch.maximum(stripes, dx - 0.22)
     skin = paint(skin, white, torch.minimum(stripes, spots), pixel)
 
-    side_fin = ellipse(dx - 0.06 + 0.5 * (dy - 0.07), dy - 0.07 - 0.02 * torch.sin(0.7 * swing), 0.08, 0.045)
+    side_fin = ellipse(
+        dx - 0.06 + 0.5 * (dy - 0.07), dy - 0.07 - 0.02 * torch.sin(0.7 * swing), 0.08, 0.045
+    )
     skin = paint(skin, dark, side_fin - 0.01, pixel)
     skin = paint(skin, [0.7 * c for c in base], side_fin + 0.01, pixel)
     mouth = torch.maximum((dy - 0.06 + 0.3 * (dx - 0.46)).abs() - 0.012, 0.4 - dx)
     skin = paint(skin, dark, mouth, pixel)
-    for colour, place, radius in ((dark, 0.345, 0.078), (white, 0.345, 0.064), (black, 0.36, 0.038)):
-        skin = paint(skin, colour, torch.sqrt((dx - place) ** 2 + (dy + 0.04) ** 2 + 1e-9) - radius, pixel)
+    for colour, place, radius in (
+        (dark, 0.345, 0.078),
+        (white, 0.345, 0.064),
+        (black, 0.36, 0.038),
+    ):
+        skin = paint(
+            skin, colour, torch.sqrt((dx - place) ** 2 + (dy + 0.04) ** 2 + 1e-9) - radius, pixel
+        )
     return paint(picture, skin, body + 0.014 + there, pixel)

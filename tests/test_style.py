@@ -1,0 +1,15 @@
+"""Every Python file is formatted and linted by ruff, as pyproject.toml configures it."""
+
+import subprocess
+import sys
+
+import pytest
+from command import ROOT
+
+
+@pytest.mark.parametrize("command", [["format", "--check"], ["check"]], ids=" ".join)
+def test_ruff(command):
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
