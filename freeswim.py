@@ -1,17 +1,23 @@
 """FreeSwim (arXiv 2511.14712): ultra-high-resolution video from a pretrained video diffusion
-transformer, no training.
+transformer, without training.
 
-A base clip of native size is upsampled, noised and denoised again at the large size. There, every
-token attends only to a window of native size that moves inward at the borders (so that it sees what
-it saw in training), while a second path with full attention decides the content: its
-cross-attention output overrides the window path's. That output changes slowly from step to step, so
-that it can be kept for several steps.
+A base clip is generated at native size, the size the model was trained on. It is then upsampled,
+noised, and denoised again at the large size. Two paths run through the transformer there:
 
-Letters in shapes are those of model.py. `grid` is (T, H, W) and `window` (rows, columns), both odd;
-time has no window.
+- The window path. Each token attends to a window about as large as a native frame, which is as much
+  as tokens saw in training. This gives sharp detail, but a window knows nothing of the rest of the
+  frame, so on its own this path repeats the subject.
+- The full path, with ordinary attention over the whole frame. It decides what goes where: in every
+  block, its cross-attention output replaces the window path's.
+
+The cross-attention output changes slowly from step to step, so it can be cached for several steps.
+
+Shapes: B clips, T latent frames, H x W tokens per frame, N = T * H * W tokens, D channels, L text
+tokens. One token is a patch of 2 x 2 latents, or 16 x 16 pixels. Tokens are ordered (h, w, t), time
+innermost. A `grid` is (T, H, W). A `window` is (rows, columns) of tokens, both odd; it spans all
+frames.
 """
 
-import itertools
 import math
 from functools import partial
 
@@ -21,314 +27,124 @@ import torch.nn.functional as F
 from model import full_attention
 
 # --------------------------------------------------------------------------------------------------
-# Inward windows (paper, section 3.2), then attention within them, three times the same: each
-# function prepares an `attend` from query, key and value, each (B, heads, N, head_dim) with tokens
-# in (h, w, t) order, to attended values
+# Inward windows (paper, section 3.2)
 
 
-def window_spans(length, size, kind="inward"):
-    """For every position of an axis, the start and the end of what it sees; int64 (length,) each.
-    An "inward" window moves inward at a border and keeps its size; a "clipped" one is cut off. A
-    window larger than the axis sees all of it."""
-    start = torch.arange(length) - size // 2
-    if kind == "inward":
+def window_size(native_length):
+    """Length of a window along one axis: that of a native frame, in tokens, rounded up to an odd
+    number so that the query can be in the middle. 480p has 30 x 52 tokens; its window is 31 x 53.
+    """
+    return 2 * (native_length // 2) + 1
+
+
+def window_start(position, length, size, border="inward"):
+    """Where the window of the query at `position` starts, along an axis of `length` tokens.
+
+    "inward" moves a window at the border inward: it stays on the axis and keeps its size. "clipped"
+    leaves it centred on the query: the part before 0 or after `length` is lost. `position` is an
+    int tensor. Raises ValueError for another border.
+    """
+    if border not in ("inward", "clipped"):
+        raise ValueError(f"border is {border!r}, but must be 'inward' or 'clipped'")
+    start = position - size // 2
+    if border == "inward":
         start = start.clamp(0, max(length - size, 0))
-    return start.clamp(min=0), (start + size).clamp(max=length)
+    return start
 
 
-def inward_mask(height, width, window, kind="inward"):
-    """May a query position see a key position? bool (height * width, height * width), both row by
-    row."""
-
-    def axis(length, size):
-        (start, end), key = window_spans(length, size, kind), torch.arange(length)
-        return (start[:, None] <= key) & (key < end[:, None])  # (query, key)
-
-    rows, columns = axis(height, window[0]), axis(width, window[1])
-    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(
-        height * width, height * width
-    )
+def in_window(query_position, key_position, length, size, border="inward"):
+    """Whether the query's window contains the key, along one axis. Positions are int tensors."""
+    start = window_start(query_position, length, size, border)
+    return (start <= key_position) & (key_position < start + size)
 
 
-def dense_window(grid, window, scale=None, kind="inward", device="cpu"):
-    """Window attention to read and to test against: one mask of N x N, so N = T*H*W must be small."""
-    mask = inward_mask(*grid[1:], window, kind).to(device)
-    mask = mask.repeat_interleave(grid[0], 0).repeat_interleave(
-        grid[0], 1
-    )  # every frame sees every frame
-    return lambda query, key, value: F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale
-    )
+def inward_mask(height, width, window, border="inward"):
+    """Which positions of a frame may see which: bool (H*W, H*W), queries by keys, row-major."""
+    row = torch.arange(height)
+    column = torch.arange(width)
+    rows = in_window(row[:, None], row, height, window[0], border)  # (H, H)
+    columns = in_window(column[:, None], column, width, window[1], border)  # (W, W)
+    mask = rows[:, None, :, None] & columns[None, :, None, :]  # (H, W, H, W)
+    return mask.reshape(height * width, height * width)
 
 
-def grouped_window(grid, window, scale=None, kind="inward", device="cpu"):
-    """Window attention on any device, without a mask: queries that share a window attend to it
-    together. Of each axis, the positions near a border share one, the others have their own. Memory
-    is that of one window's columns."""
+def dense_window(grid, window, scale=None, border="inward", device="cpu"):
+    """Window attention by its definition, with one N x N mask. For small N.
+
+    Like `grouped_window` and `flex_window` at the end of this file, which are faster, it prepares
+    and returns a function `attend(query, key, value)`. Inputs and output are (B, heads, N,
+    head_dim).
+    """
     frames, height, width = grid
-
-    def shared(length, size):
-        spans = list(
-            zip(*(ends.tolist() for ends in window_spans(length, size, kind)), strict=True)
-        )
-        runs = ([*run] for _, run in itertools.groupby(range(length), key=spans.__getitem__))
-        return [(slice(run[0], run[-1] + 1), slice(*spans[run[0]])) for run in runs]
-
-    all_rows, all_columns = shared(height, window[0]), shared(width, window[1])
+    mask = inward_mask(height, width, window, border).to(device)
+    mask = mask.repeat_interleave(frames, dim=0).repeat_interleave(frames, dim=1)  # (N, N)
 
     def attend(query, key, value):
-        query, key, value = (x.unflatten(2, (height, width, frames)) for x in (query, key, value))
-        attended = torch.empty_like(query)  # (B, heads, H, W, T, head_dim)
-        for columns, seen_columns in all_columns:
-            seen_key, seen_value = (x[:, :, :, seen_columns].contiguous() for x in (key, value))
-            for rows, seen_rows in all_rows:  # views of these copies
-                part = query[:, :, rows, columns]
-                attended[:, :, rows, columns] = F.scaled_dot_product_attention(
-                    part.flatten(2, 4),
-                    seen_key[:, :, seen_rows].flatten(2, 4),
-                    seen_value[:, :, seen_rows].flatten(2, 4),
-                    scale=scale,
-                ).view_as(part)
-        return attended.flatten(2, 4)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
     return attend
 
 
-# FlexAttention's options, as measured, by GPU generation (major compute capability): 9 is H100 and
-# H200
-FLEX_OPTIONS = {
-    9: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3, USE_TMA=True),
-    "flash-attn-4": dict(BACKEND="FLASH"),
-}  # where that package is installed, support/fast.py prefers it
-
-
-def flex_window(grid, window, scale=None, kind="inward", device="cuda", options=None):
-    """Window attention on a GPU: one FlexAttention kernel that visits only the blocks of the mask
-    that it needs. The mask does not depend on time. With time innermost, a block of 64 tokens is a
-    few positions over all frames, so that few blocks are visited in vain: this is why tokens stand
-    in (h, w, t) order."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    options = (
-        FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
-        if options is None
-        else options
-    )
-    frames, height, width = grid
-    rows, columns = (
-        (min(sizes) for sizes in zip(window, grid[1:], strict=True)) if kind == "inward" else window
-    )
-    size, fill = (
-        options.get("BLOCK_M", 128),
-        -(tokens := math.prod(grid)) % 128,
-    )  # whole blocks are a tenth faster
-
-    # A row and a column are one number, row * 2**14 + column, so that both are compared at once.
-    def place(key):
-        row, column = key // frames // width, key // frames % width
-        return torch.where(
-            row < height, row * 2**14 + column, 2**29
-        )  # what fills the last block is far from all
-
-    def start(query):  # of its window
-        row, column = (
-            query // frames // width - window[0] // 2,
-            query // frames % width - window[1] // 2,
-        )
-        if kind == "inward":
-            row, column = row.clamp(0, height - rows), column.clamp(0, width - columns)
-        return row * 2**14 + column
-
-    if "BACKEND" in options:  # FLASH knows no division: the numbers are looked up
-        places, starts = (
-            number(torch.arange(tokens + fill, device=device)).int() for number in (place, start)
-        )
-        place, start = lambda key: places[key], lambda query: starts[query]
-
-    def visible(batch, head, query, key):
-        ahead = place(key) - start(
-            query
-        )  # a key before the window makes this negative, one behind it the rest below:
-        rest = (
-            (rows - 1) * 2**14 + columns - 1 - ahead
-        )  # then bit 30 is set, or bit 13 if it is so in columns alone
-        return (ahead | rest) & (2**30 + 2**13) == 0
-
-    def attend(query, key, value):
-        attended = torch.empty_like(query)
-        groups = (
-            part.split(4, dim=1) for part in (query, key, value, attended)
-        )  # of 4 heads: indices fit 32 bits
-        for *parts, result in zip(*groups, strict=True):
-            parts = (F.pad(part, (0, 0, 0, fill)) for part in parts)
-            result.copy_(
-                compiled(*parts, block_mask=block_mask, scale=scale, kernel_options=options)[
-                    :, :, :tokens
-                ]
-            )
-        return attended
-
-    # Which blocks of tokens see one another? Those of whose positions some do, or all: then the
-    # mask need not be asked.
-    token = torch.arange(0, tokens + fill, size)[:, None] + torch.tensor(
-        [*range(0, size, frames), size - 1]
-    )
-    positions = token.clamp(max=tokens - 1).to(device) // frames  # (blocks, few)
-    some = every = inward_mask(height, width, window, kind).to(device)
-    for _ in range(
-        2
-    ):  # queries, then keys; contiguous, as the kernel reads the lists row after row in memory
-        some, every = some[positions].any(1).T.contiguous(), every[positions].all(1).T.contiguous()
-    every[:, tokens // size :] = False  # what fills the last block is never seen
-    lists = (
-        part[None, None].int()
-        for blocks in (some & ~every, every)
-        for part in (blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True))
-    )
-    block_mask = BlockMask.from_kv_blocks(*lists, size, visible)
-    # Run eagerly, it would hold all N x N pairs. Left to itself, PyTorch does that after 8 shapes,
-    # without a word.
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    compiled = torch._dynamo.config.patch(recompile_limit=2**16)(compiled)
-    return torch.compiler.disable(
-        attend, recursive=False
-    )  # where blocks are compiled, it is not a part of them
+def no_window(grid, window, scale=None, border="inward", device="cpu"):
+    """Full attention in the place of a window attention, for ablations."""
+    return partial(full_attention, scale=scale)
 
 
 def attention_scale(head_dim, native_tokens):
-    """The refinement's self-attention scale, sqrt(log_n(2n) / head_dim), for n tokens per native
-    frame."""
+    """Softmax scale of the refinement's self-attention in both paths: sqrt(log_n(2n) / head_dim),
+    where n is the number of tokens in a native frame. The ordinary scale is sqrt(1 / head_dim)."""
     return math.sqrt(math.log(2 * native_tokens, native_tokens) / head_dim)
 
 
 # --------------------------------------------------------------------------------------------------
-# The dual path with cross-attention override (paper, section 3.3 and Figure 2)
+# Dual path with cross-attention override (paper, section 3.3 and Figure 2)
 
 
-def predict(transformer, latents, timestep, text, attend_window, attend_full=None, features=None):
-    """The velocity that the window path predicts, float32, in the shape of `latents`, (B, 16, T,
-    2H, 2W). `timestep` is (B,), `text` (B, L, text_dim); `attend_window` and `attend_full` are the
-    two paths' self-attentions.
+def predict_dual(transformer, latents, timestep, text, attend_window, attend_full, cache=None):
+    """The window path's velocity, with its cross-attention output replaced by the full path's in
+    every block. float32, in the shape of `latents`, (B, 16, T, 2H, 2W).
 
-    With `attend_full`, the full path runs beside the window path, and its cross-attention outputs
-    take the place of the window path's; they are kept in the dict `features`, {block: (B, N, D)},
-    if one is given. Without it, those of `features` take it (ValueError if there are none). Without
-    either, the window path has its own."""
-    if attend_full is None and features is not None and len(features) < len(transformer.blocks):
-        raise ValueError(
-            "features hold nothing yet: the full path has to run first, with attend_full"
-        )
+    `timestep` is (B,) and `text` (B, L, text_dim). With a `cache`, a dict, the cross-attention
+    outputs, (B, N, D), are kept there by block.
+    """
     _, _, frames, height, width = latents.shape
-    window_tokens, time, modulation, text, rotary = transformer.embed(latents, timestep, text)
-    full_tokens = window_tokens  # both paths start from the same latents
+    tokens, time_emb, modulation, context, rotary = transformer.embed(latents, timestep, text)
+    window_tokens = tokens  # both paths start from the same latents
+    full_tokens = tokens
+    last = len(transformer.blocks) - 1
     for index, block in enumerate(transformer.blocks):
         window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
-        if attend_full is not None:
-            full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
-            content = block.cross_attention(full_tokens, text)
-            if index + 1 < len(
-                transformer.blocks
-            ):  # what follows the last cross-attention is never used
-                full_tokens = block.feed_forward(full_tokens + content, modulation)
-            if features is not None:
-                features[index] = content
-        elif features is not None:
-            content = features[index]
-        else:
-            content = block.cross_attention(window_tokens, text)
-        window_tokens = block.feed_forward(window_tokens + content, modulation)
-        del content  # as large as all tokens: not needed any more
-    return transformer.unembed(window_tokens, time, (frames, height // 2, width // 2))
+        full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
+        cross_output = block.cross_attention(full_tokens, context)
+        if cache is not None:
+            cache[index] = cross_output
+        if index < last:  # nothing reads the full path after its last cross-attention
+            full_tokens = block.feed_forward(full_tokens + cross_output, modulation)
+        window_tokens = window_tokens + cross_output
+        del cross_output  # as large as all tokens, so it goes before the feed-forward network
+        window_tokens = block.feed_forward(window_tokens, modulation)
+    return transformer.unembed(window_tokens, time_emb, (frames, height // 2, width // 2))
 
 
-# --------------------------------------------------------------------------------------------------
-# The flow solver
-
-
-class FlowUniPC:
-    """UniPC (arXiv 2302.04867) for flow matching: order 2, B(h) = e^h - 1, predicting the clean
-    latents, first order at both ends. Of `steps` steps, the last int(steps * strength) are kept. A
-    noisy latent is (1 - sigma) * clean + sigma * noise. `sigmas` holds one per kept step and a
-    final 0, `timesteps` what the model is told: 1000 * sigma rounded down. All arithmetic after the
-    grid is float32, as in the references."""
-
-    def __init__(self, steps, flow_shift, strength=1.0):
-        if not 1 <= int(steps * strength) <= steps:
-            raise ValueError(
-                f"{steps} steps at strength {strength}: between 1 and {steps} steps must remain"
-            )
-        sigmas = 0.999 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
-        sigmas = sigmas[steps - int(steps * strength) :]
-        self.timesteps = (1000 * sigmas).long().tolist()
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
-        self.log_snr = torch.log(1 - self.sigmas) - torch.log(
-            self.sigmas
-        )  # UniPC's time, without end
-        self.index = 0
-        self.start = None  # the latents that the last step started from
-        self.clean = []  # the last two predictions of the clean latents, newest first
-
-    def add_noise(self, latents, noise):
-        """Clean latents at the first kept noise level."""
-        return (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
-
-    def state(self, latents):
-        """What `resume` needs to go on from these latents: a dict of tensors."""
-        history = {
-            "start": self.start,
-            **{f"clean.{age}": clean for age, clean in enumerate(self.clean)},
-        }
-        return {"step": torch.tensor(self.index), "latents": latents} | (
-            history if self.index > 0 else {}
+def predict_cached(transformer, latents, timestep, text, attend_window, cache):
+    """The window path's velocity, with cross-attention outputs from the `cache` that an earlier
+    `predict_dual` filled. Arguments and result are as there. Raises ValueError if the cache is
+    empty."""
+    if len(cache) < len(transformer.blocks):
+        raise ValueError(
+            f"the cross-attention cache holds {len(cache)} of {len(transformer.blocks)} blocks; "
+            "predict_dual has to fill it first"
         )
-
-    def resume(self, state):
-        """Go on from a `state`; returns its latents."""
-        self.index, self.start = int(state["step"]), state.get("start")
-        self.clean = [state[f"clean.{age}"] for age in range(2) if f"clean.{age}" in state]
-        return state["latents"]
-
-    def step(self, velocity, latents):
-        """From the latents at one noise level, and the model's velocity there, to those at the
-        next; float32."""
-        clean = latents - self.sigmas[self.index] * velocity
-        if self.index > 0:  # UniC: do the last step again, now that its end is known as well
-            latents = self.advance(self.index - 1, self.start, clean)
-        self.start, self.clean = latents, [clean, *self.clean[:1]]
-        latents = self.advance(self.index, latents)  # UniP
-        self.index += 1
-        return latents
-
-    def advance(self, index, latents, end=None):
-        """One step from noise level `index` to the next (UniPC, equations 3 and 9, written for
-        order at most 2). `end` is the prediction of the clean latents at the next level, if known:
-        the corrector."""
-        sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
-        order = min(2, len(self.timesteps) - index, index + 1)
-        now, *before = self.clean
-        h = self.log_snr[index + 1] - self.log_snr[index]
-        slope = 0
-        if order == 2:
-            r = (self.log_snr[index - 1] - self.log_snr[index]) / h
-            past = (before[0] - now) / r
-        if end is None and order == 2:
-            slope = past / 2
-        elif end is not None and order == 1:
-            slope = (end - now) / 2
-        elif (
-            end is not None
-        ):  # both differences, weighted so that quadratics are integrated exactly
-            phi_1 = torch.expm1(-h)
-            phi_2 = -phi_1 / h - 1
-            phi_3 = -phi_2 / h - 1 / 2
-            weight = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
-            slope = weight * past + (phi_2 / phi_1 - weight) * (end - now)
-        return next_sigma / sigma * latents - (1 - next_sigma) * torch.expm1(-h) * (now + slope)
+    _, _, frames, height, width = latents.shape
+    tokens, time_emb, modulation, _, rotary = transformer.embed(latents, timestep, text)
+    for index, block in enumerate(transformer.blocks):
+        tokens = block.self_attention(tokens, modulation, rotary, attend_window)
+        tokens = block.feed_forward(tokens + cache[index], modulation)
+    return transformer.unembed(tokens, time_emb, (frames, height // 2, width // 2))
 
 
 # --------------------------------------------------------------------------------------------------
-# From text to a base clip, from a base clip to a refined one
+# From text to a base clip, and from a base clip to a refined one
 
 
 @torch.no_grad()
@@ -344,23 +160,32 @@ def generate(
     generator=None,
     progress=iter,
 ):
-    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be the native
-    size. `text` and `negative` are (B, L, text_dim); `generator` is a CPU generator, so that a seed
-    gives the same noise on every device. `progress` may wrap the list of steps, as tqdm does."""
+    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be native.
+
+    `text` and `negative` are text embeddings, (B, L, text_dim). With `guidance` 1 the negative pass
+    is skipped, and `negative` may be None. `generator` is a CPU generator, so that a seed gives the
+    same noise on every device, or a list of them, one for each clip. `progress` may wrap the list
+    of steps, like tqdm. Raises ValueError for what cannot work.
+    """
+    check_guidance(guidance, negative)
     solver = FlowUniPC(steps, flow_shift)
-    latents = torch.randn(shape, generator=generator).to(text.device)
+    latents = draw_noise(shape, generator, text.device)
     for t in progress(solver.timesteps):
-        timestep = torch.full(shape[:1], t, device=text.device)
-        velocity, unguided = (transformer(latents, timestep, prompt) for prompt in (text, negative))
-        latents = solver.step(unguided + guidance * (velocity - unguided), latents)
+        timestep = torch.full((shape[0],), t, device=text.device)
+        velocity = transformer(latents, timestep, text)
+        if guidance != 1:
+            uncond = transformer(latents, timestep, negative)
+            velocity = uncond + guidance * (velocity - uncond)
+        latents = solver.step(velocity, latents)
     return latents
 
 
 def upsample(video, height, width):
-    """Resize the frames of (B, 3, F, H, W) bilinearly, half-pixel centres, no antialiasing."""
-    frames = video.transpose(1, 2).flatten(0, 1)
+    """Resize the frames of (B, 3, F, H, W) bilinearly: half-pixel centres, no antialiasing."""
+    batch = video.shape[0]
+    frames = video.transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
     frames = F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
-    return frames.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -378,69 +203,345 @@ def refine(
     cache_interval=None,
     scale_tokens=None,
     generator=None,
-    kind="inward",
     override=True,
-    prepare=None,
-    features=None,
+    window_attention=None,
+    cross_attention_cache=None,
     progress=iter,
     state=None,
     save=None,
 ):
     """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip,
-    encoded and clean.
+    encoded, no noise added.
 
-    `native` is (rows, columns) of tokens of a native frame; `text`, `negative`, `generator` and
-    `progress` are as in `generate`. The last int(steps * strength) steps run. Both paths'
-    self-attentions are scaled for `scale_tokens` tokens per frame, by default the native ones.
+    `native` is (rows, columns) of tokens of a native frame. `text`, `negative`, `guidance`,
+    `generator` and `progress` are as in `generate`. The last int(steps * strength) steps run.
+    `scale_tokens` is the n of `attention_scale`, by default the tokens of a native frame (the
+    authors' code has 1560, whatever the model).
 
-    `cache_interval=None` runs both paths at every step, for the negative prompt too. With k, the
-    full path runs every k steps, for the prompt only, and its features serve until the next; the
-    negative prompt's window path has its own cross-attention (paper, section 3.4). The window's
-    `kind` may also be "clipped" or "full", and `override` off, to see what each ingredient does.
-    Raises ValueError if no step remains, or for another `kind`. `prepare` makes the window
-    attention (`flex_window` on a GPU, else `grouped_window`), `features` keeps features (a dict).
+    `cache_interval` (paper, section 3.4): None runs the full path at every step, for both prompts.
+    With k it runs every k steps, for the positive prompt only. The steps in between reuse its
+    cached outputs, and the negative prompt takes the plain window path.
 
-    `save(state)` is called with a dict of tensors before every step at which no kept features are
-    needed; with that `state`, a later call goes on from there, and gives the same latents."""
-    if kind not in ("inward", "clipped", "full"):
-        raise ValueError(f"kind is {kind!r}, but should be 'inward', 'clipped' or 'full'")
-    if min(native) < 2 or latents.ndim != 5:
-        raise ValueError(
-            f"native {native} should be from (2, 2) on, latents {[*latents.shape]} (B, 16, T, 2H, 2W)"
-        )
-    solver = FlowUniPC(steps, flow_shift, strength)
-    batch, _, frames, height, width = latents.shape
-    scale = attention_scale(transformer.head_dim, scale_tokens or native[0] * native[1])
-    attend_full = attend_window = partial(full_attention, scale=scale)
-    if kind != "full":
-        prepare = prepare or (flex_window if latents.is_cuda else grouped_window)
-        window = tuple(
-            2 * (tokens // 2) + 1 for tokens in native
-        )  # odd: 31 x 53 for 480p, which has 30 x 52 tokens
-        attend_window = prepare(
-            (frames, height // 2, width // 2), window, scale, kind, latents.device
-        )
+    For studies: `override=False` runs the window path alone, and `window_attention` is a function
+    like `dense_window` that prepares another attention. For memory: `cross_attention_cache` is a
+    dict, or any object that can be indexed by block and has a length. For resuming: `save(state)`
+    is called with a dict of tensors before every step that does not read the cache. With such a
+    `state`, on the device of `latents`, a later call goes on from there.
 
-    latents = (
-        solver.resume(state)
-        if state is not None
-        else solver.add_noise(
-            latents, torch.randn(latents.shape, generator=generator).to(latents.device)
-        )
+    Raises ValueError for what cannot work.
+    """
+    check_refinement(latents, native, cache_interval)
+    check_guidance(guidance, negative)
+    device = latents.device
+    attend_window, attend_full = prepare_attention(
+        transformer, latents, native, scale_tokens, window_attention
     )
-    features = None if not (override and cache_interval) else {} if features is None else features
-    if features is not None and solver.index % cache_interval:
-        raise ValueError(
-            f"state of step {solver.index} lacks the features that cache_interval {cache_interval} needs"
-        )
-    for step, t in progress(list(enumerate(solver.timesteps))[solver.index :]):
-        renewed = step % (cache_interval or 1) == 0
-        if save is not None and renewed:
-            save(solver.state(latents))
-        timestep = torch.full((batch,), t, device=latents.device)
-        dual = attend_full if override and renewed else None
-        velocity = predict(transformer, latents, timestep, text, attend_window, dual, features)
-        dual = attend_full if override and not cache_interval else None
-        unguided = predict(transformer, latents, timestep, negative, attend_window, dual)
-        latents = solver.step(unguided + guidance * (velocity - unguided), latents)
+    cache = {} if cross_attention_cache is None else cross_attention_cache
+
+    solver = FlowUniPC(steps, flow_shift, strength)
+    if state is None:
+        latents = solver.add_noise(latents, draw_noise(latents.shape, generator, device))
+    else:
+        check_state(state, latents, solver, cache_interval if override else None)
+        solver.load_state_dict(state)
+        latents = state["latents"]
+
+    remaining = list(enumerate(solver.timesteps))[solver.index :]
+    for step, t in progress(remaining):
+        timestep = torch.full((latents.shape[0],), t, device=device)
+        inputs = (transformer, latents, timestep)
+        reads_cache = override and cache_interval is not None and step % cache_interval != 0
+        if save is not None and not reads_cache:
+            save({"latents": latents, **solver.state_dict()})
+
+        if not override:
+            velocity = transformer(latents, timestep, text, attend_window)
+        elif cache_interval is None:
+            velocity = predict_dual(*inputs, text, attend_window, attend_full)
+        elif not reads_cache:
+            velocity = predict_dual(*inputs, text, attend_window, attend_full, cache)
+        else:
+            velocity = predict_cached(*inputs, text, attend_window, cache)
+
+        if guidance != 1:
+            if override and cache_interval is None:
+                uncond = predict_dual(*inputs, negative, attend_window, attend_full)
+            else:
+                uncond = transformer(latents, timestep, negative, attend_window)
+            velocity = uncond + guidance * (velocity - uncond)
+
+        latents = solver.step(velocity, latents)
     return latents
+
+
+def prepare_attention(transformer, latents, native, scale_tokens, window_attention):
+    """The self-attentions of the window path and of the full path, for latents of this shape."""
+    _, _, frames, height, width = latents.shape
+    grid = (frames, height // 2, width // 2)
+    window = (window_size(native[0]), window_size(native[1]))
+    if scale_tokens is None:
+        scale_tokens = native[0] * native[1]
+    scale = attention_scale(transformer.head_dim, scale_tokens)
+    if window_attention is None:
+        window_attention = flex_window if latents.is_cuda else grouped_window
+    attend_window = window_attention(grid, window, scale, device=latents.device)
+    attend_full = partial(full_attention, scale=scale)
+    return attend_window, attend_full
+
+
+def draw_noise(shape, generator, device):
+    """Normal noise, float32, drawn on the CPU and moved to `device`. `generator` is None, a CPU
+    generator, or a list of them, one for each clip."""
+    if not isinstance(generator, list):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators were given for {shape[0]} clips")
+    clips = []
+    for clip_generator in generator:
+        clips.append(draw_noise((1, *shape[1:]), clip_generator, device))
+    return torch.cat(clips)
+
+
+def check_guidance(guidance, negative):
+    if guidance != 1 and negative is None:
+        raise ValueError(f"guidance {guidance} needs a negative prompt; only guidance 1 does not")
+
+
+def check_refinement(latents, native, cache_interval):
+    if latents.ndim != 5 or latents.shape[3] % 2 or latents.shape[4] % 2:
+        raise ValueError(f"latents are {tuple(latents.shape)}, but should be (B, 16, T, 2H, 2W)")
+    if min(native) < 2:
+        raise ValueError(f"native is {native} tokens, but must be at least (2, 2)")
+    if cache_interval is not None and cache_interval < 1:
+        raise ValueError(f"cache_interval is {cache_interval}, but must be None or at least 1")
+
+
+def check_state(state, latents, solver, cache_interval):
+    if state["latents"].shape != latents.shape:
+        raise ValueError(
+            f"the state has latents of shape {tuple(state['latents'].shape)}, "
+            f"but the clip has {tuple(latents.shape)}"
+        )
+    sigmas = state["sigmas"].to(solver.sigmas.device)
+    if not torch.equal(sigmas, solver.sigmas):
+        raise ValueError("the state is of other steps, another strength or another flow_shift")
+    step = int(state["step"])
+    if cache_interval is not None and step % cache_interval != 0:
+        raise ValueError(
+            f"step {step} of the state reads the cross-attention cache at cache_interval "
+            f"{cache_interval}, but a state does not hold the cache"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The flow solver
+
+
+class FlowUniPC:
+    """UniPC (arXiv 2302.04867) for flow matching: it predicts x0, the clean latents, has order 2
+    and B(h) = e^h - 1, and takes its first and last step with order 1.
+
+    Latents at noise level sigma are (1 - sigma) * x0 + sigma * noise, and the model's velocity is
+    noise - x0. Of `steps` steps, the last int(steps * strength) run. `sigmas` holds a level for
+    each of them and a final 0. `timesteps` is what the model is told: 1000 * sigma, rounded down.
+    Everything after the grid of levels is float32, as in Diffusers.
+    """
+
+    def __init__(self, steps, flow_shift, strength=1.0):
+        kept = int(steps * strength)
+        if not 1 <= kept <= steps:
+            raise ValueError(
+                f"strength {strength} keeps {kept} of {steps} steps, but at least 1 must run"
+            )
+        sigmas = 0.999 * (1 - torch.arange(steps, dtype=torch.float64, device="cpu") / steps)
+        sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
+        sigmas = sigmas[steps - kept :]
+        self.timesteps = (1000 * sigmas).long().tolist()
+        self.sigmas = F.pad(sigmas, (0, 1)).float()  # a final 0
+        self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)  # half the log SNR
+        self.index = 0  # of the step to come
+        self.start = None  # the latents that the last step started from
+        self.x0 = None  # predicted at the level where the last step started
+        self.x0_before = None  # predicted one level before that
+
+    def add_noise(self, latents, noise):
+        """Clean latents, noised to the first level."""
+        return (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
+
+    def step(self, velocity, latents):
+        """From latents at one level, and the model's velocity there, to latents at the next."""
+        x0 = latents - self.sigmas[self.index] * velocity
+        if self.index > 0:
+            latents = self.corrector(x0)
+        self.start = latents
+        self.x0_before = self.x0
+        self.x0 = x0
+        latents = self.predictor()
+        self.index += 1
+        return latents
+
+    def predictor(self):
+        """UniP: the next latents, from x0 at this level and at the one before (equation 3)."""
+        i = self.index
+        first = i == 0  # there is no level before it
+        last = i == len(self.timesteps) - 1  # h is infinite
+        if first or last:
+            return self.advance(i, self.x0)
+        return self.advance(i, self.x0 + self.expected_change(i) / 2)
+
+    def corrector(self, x0_next):
+        """UniC: the last step once more, now that x0 is known at its end (equation 9)."""
+        i = self.index - 1
+        change = x0_next - self.x0
+        if i == 0:
+            return self.advance(i, self.x0 + change / 2)
+        h = self.lambdas[i + 1] - self.lambdas[i]
+        r = (self.lambdas[i - 1] - self.lambdas[i]) / h
+        phi_1 = torch.expm1(-h)
+        phi_2 = -phi_1 / h - 1
+        phi_3 = -phi_2 / h - 1 / 2
+        weight = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)  # makes the step exact for a quadratic x0
+        mixed = weight * self.expected_change(i) + (phi_2 / phi_1 - weight) * change
+        return self.advance(i, self.x0 + mixed)
+
+    def expected_change(self, i):
+        """How much x0 changes over step i if it goes on as it did over step i - 1."""
+        h = self.lambdas[i + 1] - self.lambdas[i]
+        r = (self.lambdas[i - 1] - self.lambdas[i]) / h
+        return (self.x0_before - self.x0) / r
+
+    def advance(self, i, x0):
+        """The latents after step i, exact if x0 is constant during the step."""
+        h = self.lambdas[i + 1] - self.lambdas[i]
+        noisy_part = self.sigmas[i + 1] / self.sigmas[i] * self.start
+        return noisy_part - (1 - self.sigmas[i + 1]) * torch.expm1(-h) * x0
+
+    def state_dict(self):
+        """What `load_state_dict` needs to go on from here: a dict of tensors."""
+        state = {"step": torch.tensor(self.index), "sigmas": self.sigmas}
+        if self.index > 0:
+            state["start"] = self.start
+            state["x0"] = self.x0
+        if self.index > 1:
+            state["x0_before"] = self.x0_before
+        return state
+
+    def load_state_dict(self, state):
+        self.index = int(state["step"])
+        self.start = state.get("start")
+        self.x0 = state.get("x0")
+        self.x0_before = state.get("x0_before")
+
+
+# --------------------------------------------------------------------------------------------------
+# Window attention for large N: the same results, without an N x N mask
+
+
+def grouped_window(grid, window, scale=None, border="inward", device="cpu"):
+    """Window attention on any device: queries that share a window attend to it together."""
+    frames, height, width = grid
+    row_groups = queries_by_window(height, window[0], border)
+    column_groups = queries_by_window(width, window[1], border)
+
+    def attend(query, key, value):
+        query = query.unflatten(2, (height, width, frames))  # (B, heads, H, W, T, head_dim)
+        key = key.unflatten(2, (height, width, frames))
+        value = value.unflatten(2, (height, width, frames))
+        attended = torch.empty_like(query)
+        for query_columns, key_columns in column_groups:
+            # One copy for all rows: a window's rows are then contiguous slices of it.
+            column_key = key[:, :, :, key_columns].contiguous()
+            column_value = value[:, :, :, key_columns].contiguous()
+            for query_rows, key_rows in row_groups:
+                group = query[:, :, query_rows, query_columns]
+                result = F.scaled_dot_product_attention(
+                    group.flatten(2, 4),
+                    column_key[:, :, key_rows].flatten(2, 4),
+                    column_value[:, :, key_rows].flatten(2, 4),
+                    scale=scale,
+                )
+                attended[:, :, query_rows, query_columns] = result.view_as(group)
+        return attended.flatten(2, 4)
+
+    return attend
+
+
+def queries_by_window(length, size, border):
+    """Runs of neighbouring queries that have the same window, along one axis: a list of (queries,
+    keys), two slices each. The queries near a border share a window; the others have their own."""
+    starts = window_start(torch.arange(length), length, size, border).tolist()
+    windows = [(max(start, 0), min(start + size, length)) for start in starts]
+    runs = []
+    first = 0
+    for position in range(1, length + 1):
+        if position == length or windows[position] != windows[first]:
+            runs.append((slice(first, position), slice(*windows[first])))
+            first = position
+    return runs
+
+
+# FlexAttention's options that were fastest on H100 and H200. Other GPUs get its defaults.
+HOPPER_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "USE_TMA": True}
+HEADS_AT_A_TIME = 4  # more would need offsets of over 31 bits at 3840x2160
+
+
+def flex_window(grid, window, scale=None, border="inward", device="cuda", options=None):
+    """Window attention on a GPU: one FlexAttention kernel that skips the blocks of the N x N mask
+    in which nothing is visible. `options` are the kernel's; the default suits the device.
+
+    This is why time is innermost in the order of tokens. The mask does not depend on time, so a
+    block of 64 tokens covers about four positions, and few blocks are only partly visible.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    frames, height, width = grid
+    num_tokens = frames * height * width
+    if options is None:
+        options = flex_options(device)
+    block_size = options.get("BLOCK_M", 128)
+
+    def visible(batch, head, query_index, key_index):
+        query_row = query_index // (width * frames)
+        key_row = key_index // (width * frames)
+        query_column = query_index // frames % width
+        key_column = key_index // frames % width
+        in_rows = in_window(query_row, key_row, height, window[0], border)
+        in_columns = in_window(query_column, key_column, width, window[1], border)
+        return in_rows & in_columns
+
+    make_mask = compile_for_each_shape(create_block_mask)
+    mask = make_mask(visible, None, None, num_tokens, num_tokens, device, block_size)
+    compiled_attention = compile_for_each_shape(flex_attention)
+
+    def attend(query, key, value):
+        attended = torch.empty_like(query)
+        for first in range(0, query.shape[1], HEADS_AT_A_TIME):
+            heads = slice(first, first + HEADS_AT_A_TIME)
+            attended[:, heads] = compiled_attention(
+                query[:, heads].contiguous(),
+                key[:, heads].contiguous(),
+                value[:, heads].contiguous(),
+                block_mask=mask,
+                scale=scale,
+                kernel_options=options,
+            )
+        return attended
+
+    # The kernel is compiled by itself, not as a part of a compiled transformer block.
+    return torch.compiler.disable(attend, recursive=False)
+
+
+def flex_options(device):
+    """FlexAttention's options for a device."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return HOPPER_OPTIONS
+    return {}
+
+
+def compile_for_each_shape(function):
+    """`function` compiled anew for each shape. By default PyTorch would stop compiling after eight
+    shapes, without a word, and hold all N x N pairs in memory."""
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=2**16)(compiled)

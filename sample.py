@@ -45,7 +45,7 @@ import torch
 
 import freeswim
 import model
-from support import checks, fast, media, memory, parallel
+from support import checks, media, memory, parallel
 from support.run import Run
 
 
@@ -129,9 +129,9 @@ PARTS = {
     "vae": model.WanVAE,
 }
 COMPARED = {  # with --compare: what each ingredient does
-    "full attention": dict(kind="full", override=False),
-    "clipped window": dict(kind="clipped", override=False),
-    "inward window": dict(override=False),
+    "full attention": lambda window: freeswim.no_window,
+    "clipped window": lambda window: partial(window, border="clipped"),
+    "inward window": lambda window: window,
 }
 
 
@@ -347,9 +347,15 @@ def load_models(args, folder, device, dtype):
     for part, empty in parts.items():  # all of them are in order, or refused, before any is loaded
         model.find_weights(empty, folder / part)
     memory.plan_memory(args, parts["transformer"], dtype, device)
+    window, transformer_class = freeswim.grouped_window, model.WanTransformer
+    if device.type == "cuda":
+        from support import fast  # it imports PyTorch's compiler, which takes seconds
+
+        window = fast.window_for(device, dtype, parts["transformer"].head_dim)
+        transformer_class = fast.transformer_for(device)
     suited = {
-        "prepare": fast.window_for(device, dtype, parts["transformer"].head_dim),
-        "features": memory.FeaturesOnCPU(device) if args.features == "cpu" else None,
+        "window_attention": window,
+        "cross_attention_cache": memory.CacheOnCPU(device) if args.features == "cpu" else None,
     }
     if "RANK" in os.environ:
         return (
@@ -359,7 +365,7 @@ def load_models(args, folder, device, dtype):
             parallel.SharedVAE.from_pretrained(folder / "vae", device),
             suited,
         )
-    transformer = fast.transformer_for(device).from_pretrained(
+    transformer = transformer_class.from_pretrained(
         folder / "transformer", "cpu" if args.offload else device, dtype
     )
     if args.offload:
@@ -430,7 +436,7 @@ def make_videos(run, args, transformer, vae, suited, prompts):
         f"{native[1]}x{native[0]} to {width}x{height}, {args.frames} frames, on "
         f"{run.device}; should it end early, go on with --resume {run.output}",
     ):
-        checks.say(line)
+        parallel.say(line)
     sampling = dict(**prompts, steps=args.steps, guidance=args.guidance)
     tiled = (
         height * width > 2**18
@@ -461,9 +467,12 @@ def make_videos(run, args, transformer, vae, suited, prompts):
     clean = run.load_or_compute("encode", lambda progress: vae.encode(upscaled, tiled, progress))
     del base, upscaled
 
-    variants = {"refine": dict(cache_interval=args.cache_interval)} | (
-        COMPARED if args.compare else {}
-    )
+    variants = {"refine": dict(cache_interval=args.cache_interval)}
+    for name, window in COMPARED.items() if args.compare else ():
+        variants[name] = {
+            "override": False,
+            "window_attention": window(suited["window_attention"]),
+        }
     for name, options in variants.items():
         latents = run.load_or_compute(
             name,
@@ -478,8 +487,7 @@ def make_videos(run, args, transformer, vae, suited, prompts):
                 progress=progress,
                 state=run.load(f"{name}-progress", "step", "latents"),
                 save=partial(run.save, f"{name}-progress"),
-                **suited,
-                **options,
+                **(suited | options),
             ),
         )
         with run.stage(f"decode {name}") as progress:

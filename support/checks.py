@@ -18,7 +18,6 @@ from huggingface_hub import snapshot_download
 
 from model import clean_prompt, read_json
 from support import media
-from support.parallel import rank
 
 try:
     import fcntl
@@ -240,12 +239,6 @@ def check_folder(args, files):
             "are free; choose another disk, or a smaller --size"
         )
     return written
-
-
-def say(line):
-    """Print a line, of several processes in the first alone."""
-    if rank() == 0:
-        print(line, file=sys.stderr)
 
 
 def fingerprint(value):

@@ -1,27 +1,39 @@
-"""Faster on a GPU, and the same numbers: blocks compiled, and window attention by flash-attn-4.
+"""Faster on a GPU, with the same results: compiled blocks, and a tuned window attention.
 
-The method's loop stays as it is. Both are tried out first: where one does not work, a line says so,
-and the run goes on without it.
+This module is imported on a GPU only, because importing PyTorch's compiler takes seconds. What works
+on the machine is tried at the start of a run, on small inputs. The method's loop does not change.
 """
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from freeswim import FLEX_OPTIONS, flex_window, grouped_window
+from freeswim import (
+    HEADS_AT_A_TIME,
+    compile_for_each_shape,
+    dense_window,
+    flex_options,
+    flex_window,
+    grouped_window,
+    inward_mask,
+    window_start,
+)
 from model import Block, WanTransformer, full_attention, rotary_table
-from support.checks import say
+from support.parallel import say
+
+# --------------------------------------------------------------------------------------------------
+# Compiled blocks
 
 
 class CompiledBlock(Block):
-    """Norms, modulation, rotation and residuals in few passes over memory. The attention is the
-    caller's."""
+    """A block whose norms, modulation, rotation and residuals take few passes over memory. The
+    attention stays the caller's."""
 
     self_attention = torch.compile(Block.self_attention, dynamic=False)
     cross_attention = torch.compile(Block.cross_attention, dynamic=False)
-    feed_piece = torch.compile(
-        Block.feed_piece, dynamic=False
-    )  # not all pieces at once: they would all be held
+    # Chunk by chunk: all chunks in one graph would all be held in memory.
+    feed_forward_chunk = torch.compile(Block.feed_forward_chunk, dynamic=False)
 
 
 class CompiledTransformer(WanTransformer):
@@ -29,39 +41,199 @@ class CompiledTransformer(WanTransformer):
 
 
 def transformer_for(device):
-    """The fastest class of transformer that works on a device: on a GPU the compiled one."""
-    if device.type == "cpu":
-        return WanTransformer  # where compiling takes longer than a small model's whole run
+    """The fastest class of transformer that works on a GPU: compiled, if the compiler works."""
     try:
         with device, torch.no_grad():
-            tokens, modulation = torch.zeros(1, 4, 16), torch.zeros(1, 6, 16)
-            CompiledBlock(16, 1, 16, 1e-6).self_attention(
-                tokens, modulation, rotary_table((1, 2, 2), 16, device), full_attention
-            )
-        return CompiledTransformer
-    except Exception as error:  # whatever a compiler may lack
-        say(f"blocks are not compiled, and slower: {type(error).__name__}: {str(error)[:200]!r}")
+            block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6)
+            tokens = torch.zeros(1, 4, 16)
+            modulation = torch.zeros(1, 6, 16)
+            rotary = rotary_table((1, 2, 2), 16, device)
+            block.self_attention(tokens, modulation, rotary, full_attention)
+    except Exception as error:  # a compiler can fail in many ways
+        say(f"transformer blocks run uncompiled, and slower: {summary(error)}")
         return WanTransformer
+    return CompiledTransformer
+
+
+# --------------------------------------------------------------------------------------------------
+# The window attention, tuned: a tenth faster than `freeswim.flex_window` by Triton, a quarter by
+# flash-attn-4
+#
+# A position is one number, row * ROW + column, so that a kernel compares both at once. The offset of
+# a key from the first position of a query's window is then one subtraction. If the key lies before
+# the window, the subtraction borrows: in its column, from bit 13, and in its row, from bit 30.
+
+ROW = 2**14
+BORROWS = 2**30 + 2**13
+FAR_AWAY = 2**29  # the position of padding: behind every window
+FLASH_OPTIONS = {"BACKEND": "FLASH"}  # FlexAttention through the package flash-attn-4
+PADDED_TO = 128  # tokens; whole blocks are a tenth faster
+
+
+def tuned_window(grid, window, scale=None, border="inward", device="cuda", options=None):
+    """The same as `freeswim.flex_window`, faster. `options` are FlexAttention's; the default suits
+    the device."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if options is None:
+        options = flex_options(device)
+    num_tokens = grid[0] * grid[1] * grid[2]
+    padding = -num_tokens % PADDED_TO
+    mask = tuned_mask(grid, window, border, num_tokens + padding, device, options)
+    compiled_attention = compile_for_each_shape(flex_attention)
+
+    def attend(query, key, value):
+        attended = torch.empty_like(query)
+        for first in range(0, query.shape[1], HEADS_AT_A_TIME):
+            heads = slice(first, first + HEADS_AT_A_TIME)
+            result = compiled_attention(
+                F.pad(query[:, heads], (0, 0, 0, padding)),
+                F.pad(key[:, heads], (0, 0, 0, padding)),
+                F.pad(value[:, heads], (0, 0, 0, padding)),
+                block_mask=mask,
+                scale=scale,
+                kernel_options=options,
+            )
+            attended[:, heads] = result[:, :, :num_tokens]
+        return attended
+
+    # The kernel is compiled by itself, not as a part of a compiled transformer block.
+    return torch.compiler.disable(attend, recursive=False)
+
+
+def tuned_mask(grid, window, border, padded_tokens, device, options):
+    """FlexAttention's mask: which blocks of tokens see each other, and for those that do so partly,
+    a function that compares tokens."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    frames, height, width = grid
+    rows, columns = window
+    if border == "inward":
+        rows = min(rows, height)
+        columns = min(columns, width)
+    last_offset = (rows - 1) * ROW + columns - 1
+
+    def position_of(token):
+        row = token // frames // width
+        column = token // frames % width
+        return torch.where(row < height, row * ROW + column, FAR_AWAY)
+
+    def start_of(token):
+        row = token // frames // width
+        column = token // frames % width
+        top = window_start(row, height, window[0], border)
+        left = window_start(column, width, window[1], border)
+        return top * ROW + left
+
+    if "BACKEND" in options:  # FLASH cannot divide, so these are looked up
+        position_of = looked_up(position_of, padded_tokens, device)
+        start_of = looked_up(start_of, padded_tokens, device)
+
+    def visible(batch, head, query_index, key_index):
+        offset = position_of(key_index) - start_of(query_index)
+        return (offset | (last_offset - offset)) & BORROWS == 0
+
+    block_size = options.get("BLOCK_M", 128)
+    partly, fully = block_lists(grid, window, border, padded_tokens, block_size, device)
+    return BlockMask.from_kv_blocks(*partly, *fully, block_size, visible)
+
+
+def looked_up(function, num_tokens, device):
+    """`function` of a token as a table."""
+    table = function(torch.arange(num_tokens, device=device)).int()
+
+    def look_up(token):
+        return table[token]
+
+    return look_up
+
+
+def block_lists(grid, window, border, padded_tokens, block_size, device):
+    """For each block of queries, the blocks of keys that it sees partly, and those that it sees
+    fully, for which FlexAttention skips the mask. Each is (count, list), as `BlockMask` wants them.
+
+    Found from the positions that a block covers, H*W in all, rather than from N x N tokens.
+    """
+    frames, height, width = grid
+    num_tokens = frames * height * width
+    # A block's positions are those of every `frames`-th token and of its last one.
+    first_token = torch.arange(0, padded_tokens, block_size)[:, None]
+    within_block = torch.tensor([*range(0, block_size, frames), block_size - 1])
+    tokens = (first_token + within_block).clamp(max=num_tokens - 1)
+    positions = tokens.to(device) // frames  # (blocks, positions of a block)
+
+    mask = inward_mask(height, width, window, border).to(device)
+    seen = reduce_to_blocks(mask, positions, torch.any)
+    fully = reduce_to_blocks(mask, positions, torch.all)
+    fully[:, num_tokens // block_size :] = False  # padding is never seen
+    return as_list(seen & ~fully), as_list(fully)
+
+
+def reduce_to_blocks(mask, positions, reduce):
+    """From a mask of positions, (H*W, H*W), to one of blocks: torch.any or torch.all of them."""
+    queries = reduce(mask[positions], dim=1)  # (blocks, H*W)
+    keys_first = reduce(queries.T[positions], dim=1)  # (blocks of keys, blocks of queries)
+    return keys_first.T.contiguous()  # the kernel reads it row by row
+
+
+def as_list(blocks):
+    """A mask of blocks, (blocks, blocks), as FlexAttention's lists: how many blocks each row has,
+    and their indices first."""
+    count = blocks.sum(dim=1)
+    indices = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return count[None, None].int(), indices[None, None].int()
+
+
+# --------------------------------------------------------------------------------------------------
+# Which window attention works here
+
+
+def flash_window(grid, window, scale=None, border="inward", device="cuda"):
+    """`tuned_window` through flash-attn-4. Raises ImportError without that package."""
+    import flash_attn.cute  # noqa: F401
+
+    return tuned_window(grid, window, scale, border, device, FLASH_OPTIONS)
+
+
+WINDOWS = {  # from the fastest to the one that always works
+    "flash-attn-4": flash_window,
+    "Triton": tuned_window,
+    "FlexAttention with default options": partial(flex_window, options={}),
+    "groups of queries, without a compiler": grouped_window,
+}
 
 
 def window_for(device, dtype, head_dim):
-    """What prepares the fastest window attention that works on a device; None leaves it to
-    `freeswim.refine`."""
-    if device.type == "cpu" or dtype != torch.bfloat16:
-        return None
-    try:
-        import flash_attn.cute  # noqa: F401  (of the package flash-attn-4)
+    """The fastest window attention that works on a GPU, for this dtype and head size. A line says
+    which it is, and why not a faster one."""
+    reasons = []
+    for name, window_attention in WINDOWS.items():
+        try:
+            try_window(window_attention, device, dtype, head_dim)
+        except Exception as error:  # a compiler can fail in many ways
+            reasons.append(f"not {name}: {summary(error)}")
+            continue
+        say("; ".join([f"window attention by {name}", *reasons]))
+        return window_attention
+    raise RuntimeError("; ".join(["no window attention works here", *reasons]))
 
-        prepare = partial(flex_window, options=FLEX_OPTIONS["flash-attn-4"])
-        grid, window = (3, 8, 16), (5, 7)
-        parts = torch.randn(3, 1, 2, 384, head_dim, device=device, dtype=dtype)
-        expected = grouped_window(grid, window)(*parts)
-        error = (prepare(grid, window, device=device)(*parts) - expected).norm() / expected.norm()
-        if not error <= 2e-2:
-            raise ValueError(f"its result is {error:.1e} off")
-        return prepare
-    except Exception as error:  # without the package, or whatever it does not know
-        say(
-            f"window attention by Triton, not by flash-attn-4: {type(error).__name__}: {str(error)[:200]!r}"
-        )
-        return None
+
+def try_window(window_attention, device, dtype, head_dim):
+    """Raise an error unless a window attention agrees with the dense mask on a small grid."""
+    grid = (3, 8, 16)
+    window = (5, 7)
+    draw = torch.Generator(device).manual_seed(0)
+    shape = (3, 1, 2, 3 * 8 * 16, head_dim)  # query, key and value
+    inputs = torch.randn(shape, generator=draw, device=device).to(dtype)
+    expected = dense_window(grid, window, device=device)(*inputs).float()
+    attended = window_attention(grid, window, device=device)(*inputs).float()
+    error = ((attended - expected).norm() / expected.norm()).item()
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    if not error <= limit:
+        raise ValueError(f"its result is off by {error:.1e}")
+
+
+def summary(error):
+    """An error in a few words, on one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:160]}"

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from support.checks import say
+from support.parallel import say
 
 
 def pin(tensor):
@@ -36,8 +36,8 @@ class Copies:
         self.streams.current_stream().wait_stream(self.stream)
 
 
-class FeaturesOnCPU:
-    """The features that `freeswim.predict` keeps, {block: (B, N, D)}: those of a block leave while
+class CacheOnCPU:
+    """The cross-attention cache of `freeswim.refine`, {block: (B, N, D)}: those of a block leave while
     it goes on, and come back while the block before it runs."""
 
     def __init__(self, device):

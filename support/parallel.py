@@ -9,6 +9,7 @@ tokens of its heads. Shares need not be equal.
 import atexit
 import math
 import os
+import sys
 from collections import deque
 from datetime import timedelta
 from types import SimpleNamespace
@@ -134,8 +135,14 @@ class SharedVAE(WanVAE):
     def tiles(self, *frame):
         return super().tiles(*frame)[dist.get_rank() :: dist.get_world_size()]
 
-    def total(self, canvas):
+    def sum_of_tiles(self, canvas):
         return dist.all_reduce(canvas) or canvas
+
+
+def say(line):
+    """Print a line to stderr, once: if there are several processes, in the first."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def rank():

@@ -82,7 +82,9 @@ class Run:
     def write_record(self):
         self.write(
             "run.json",
-            lambda file: file.write_text(json.dumps(self.record, indent=1, ensure_ascii=False)),
+            lambda file: file.write_text(
+                json.dumps(self.record, indent=1, ensure_ascii=False), encoding="utf-8"
+            ),
         )
 
     def save(self, name, tensors):

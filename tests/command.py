@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "224x144", "--frames", "5", "--steps", "4", "--device", "cpu"]
 
 
-def start(*arguments, **options):
-    """A started `python sample.py …`."""
+def start(*arguments, env=None, **options):
+    """A started `python sample.py …`; `env` is added to its environment."""
     return subprocess.Popen(
         [sys.executable, ROOT / "sample.py", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
         **options,
     )
 
@@ -50,7 +50,7 @@ def run_here(*arguments):
 
 
 def record(folder):
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def latents(folder):

@@ -51,7 +51,7 @@ torch.nn.functional.conv3d(torch.rand(1, 4, 3, 8, 8), torch.rand(4, 4, 3, 3, 3))
 torch.randn(1, device="meta") / 2  # the first one makes torch import 70 MB of itself
 
 def status(field):
-    for line in open("/proc/self/status"):
+    for line in open("/proc/self/status", encoding="utf-8"):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
 
@@ -66,7 +66,7 @@ before = status("VmRSS")
         ],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={
             **os.environ,
             "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -80,7 +80,7 @@ def write_checkpoint(folder, config, shapes, shards):
     """A checkpoint for measuring: tensors of the given names and shapes, spread over `shards` files
     of about the same size, with an index. Never more than one file in memory. Returns the bytes of
     its tensors, float32."""
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     total, sizes = 4 * sum(math.prod(shape) for shape in shapes.values()), []
     files = [{} for _ in range(shards)]
     for name, shape in shapes.items():
@@ -91,7 +91,9 @@ def write_checkpoint(folder, config, shapes, shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         save_file({name: torch.full(shape, 0.01) for name, shape in names.items()}, folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index}), encoding="utf-8"
+    )
     return total
 
 
@@ -101,10 +103,12 @@ def write_random_model(folder, heads, head_dim):
     (folder / "tokenizer").mkdir()
     words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
     reference, published = TESTS / "reference" / "wide", TESTS / "wan2.1-t2v-1.3b"
-    transformer = json.loads((reference / "transformer" / "config.json").read_text())
+    transformer = json.loads(
+        (reference / "transformer" / "config.json").read_text(encoding="utf-8")
+    )
     transformer |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": 1}
-    vae = json.loads((reference / "vae" / "config.json").read_text())
-    text = json.loads((published / "text_encoder" / "config.json").read_text())
+    vae = json.loads((reference / "vae" / "config.json").read_text(encoding="utf-8"))
+    text = json.loads((published / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     text |= {
         "vocab_size": words,
         "d_model": 24,
@@ -120,8 +124,9 @@ def write_random_model(folder, heads, head_dim):
         ("text_encoder", TextEncoder, text),
     ):
         (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config))
-        weights = {checkpoint_name(name): value for name, value in cls(config).state_dict().items()}
+        (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        state = cls(config).state_dict()
+        weights = {checkpoint_name(cls, name): value for name, value in state.items()}
         save_file(weights, folder / part / "model.safetensors")
 
 
@@ -133,4 +138,6 @@ def split_weights(folder):
     for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
         save_file({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )

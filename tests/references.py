@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from freeswim import attention_scale, dense_window, refine
+from freeswim import attention_scale, dense_window, refine, window_size
 from model import WanTransformer, WanVAE, full_attention
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -41,17 +41,18 @@ def load(name):
     """A reference set: its models, its expected tensors, and what the authors' settings make of
     them."""
     folder = REFERENCE / name
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     transformer = WanTransformer.from_pretrained(folder / "transformer")
     scale = attention_scale(transformer.head_dim, meta["attention_base_tokens"])
-    window_size = tuple(2 * (size // 2) + 1 for size in meta["native"])
+    rows, columns = meta["native"]
+    window = (window_size(rows), window_size(columns))
     return SimpleNamespace(
         meta=meta,
         expected=load_file(folder / "expected.safetensors"),
         transformer=transformer,
         vae=WanVAE.from_pretrained(folder / "vae"),
-        window_size=window_size,
-        window=dense_window(tuple(meta["grid"]), window_size, scale=scale),
+        window_size=window,
+        window=dense_window(tuple(meta["grid"]), window, scale=scale),
         full=partial(full_attention, scale=scale),
     )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from oracle import relative, token_mask, window_attention
-from references import load, refined
+from references import REFERENCE, load, refined
 
 import freeswim
 import model
@@ -25,8 +25,9 @@ def case():
 
 @torch.no_grad()
 def test_rotation_as_compilers_see_it():
-    """In real numbers; but for the order of two roundings, it is the same."""
+    """In real numbers. Apart from the order of two roundings, it is the same."""
     x, rotary = torch.randn(2, 24, 3, 20), model.rotary_table((2, 3, 4), 20, "cpu")
+    assert relative(model.rotate_real(x, rotary), model.rotate_complex(x, rotary)) <= 1e-6
     compiled = torch.compile(model.rotate, backend="eager", fullgraph=True)
     assert relative(compiled(x, rotary), model.rotate(x, rotary)) <= 1e-6
     assert (
@@ -37,7 +38,7 @@ def test_rotation_as_compilers_see_it():
 
 
 @torch.no_grad()
-def test_feed_forward_in_pieces():
+def test_feed_forward_in_chunks():
     block = model.Block(32, 2, 64, 1e-6)
     tokens, modulation = torch.randn(2, 50, 32), torch.randn(2, 6, 32)
     whole = block.feed_forward(tokens, modulation)
@@ -45,20 +46,18 @@ def test_feed_forward_in_pieces():
     block.ffn[0].register_forward_hook(
         lambda layer, inputs, output: largest.append(output.shape[1])
     )
-    block.piece = 7
+    block.chunk = 7
     assert (block.feed_forward(tokens, modulation) - whole).abs().max() <= 1e-6 * whole.abs().max()
     assert largest == 7 * [7] + [1]
 
 
-@pytest.mark.parametrize("kind", ["inward", "clipped"])
+@pytest.mark.parametrize("border", ["inward", "clipped"])
 @pytest.mark.parametrize(
     "grid, window",
     [((3, 8, 14), (5, 7)), ((2, 4, 5), (7, 9)), ((1, 6, 10), (9, 3)), ((4, 8, 8), (5, 5))],
 )
-@pytest.mark.parametrize(
-    "options", [{}, freeswim.FLEX_OPTIONS[9], freeswim.FLEX_OPTIONS["flash-attn-4"]]
-)
-def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
+@pytest.mark.parametrize("options", [{}, freeswim.HOPPER_OPTIONS, fast.FLASH_OPTIONS])
+def test_what_flex_attention_is_told(monkeypatch, grid, window, border, options):
     """On a CPU, without a compiler, FlexAttention replaced by its definition: the mask, its blocks
     (as PyTorch finds them by looking at all pairs), the heads in groups, the filled last block, and
     what is cut off again. tests/test_gpu.py has the true one."""
@@ -103,62 +102,100 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, kind, options):
     query, key, value = torch.randn(
         3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1)
     )
-    attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", options)(query, key, value)
-    expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
+    attended = fast.tuned_window(grid, window, 0.37, border, "cpu", options)(query, key, value)
+    expected = window_attention(query, key, value, token_mask(grid, window, border), 0.37)
     assert relative(attended, expected) <= 1e-6
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("kind", ["inward", "clipped"])
-def test_the_true_flex_attention_on_a_cpu(kind):
-    """Compiled for a CPU, it reads the same lists of blocks as on a GPU."""
-    grid, window = (5, 12, 14), (5, 7)
-    query, key, value = torch.randn(
-        3, 1, 2, math.prod(grid), 16, generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        attended = freeswim.flex_window(grid, window, 0.37, kind, "cpu", {"BLOCK_M": 64})(
-            query, key, value
-        )
-    expected = window_attention(query, key, value, token_mask(grid, window, kind), 0.37)
-    assert relative(attended, expected) <= 1e-5
+@pytest.mark.parametrize("border", ["inward", "clipped"])
+@pytest.mark.parametrize("window_attention", [freeswim.flex_window, fast.tuned_window])
+def test_the_true_flex_attention_on_a_cpu(window_attention, border):
+    """Compiled for a CPU, both versions agree with the dense mask, at several sizes in a row."""
+    draw = torch.Generator().manual_seed(1)
+    for grid, window in (((5, 12, 14), (5, 7)), ((3, 6, 10), (9, 3))):
+        inputs = torch.randn(3, 1, 2, math.prod(grid), 16, generator=draw)
+        attend = window_attention(grid, window, 0.37, border, "cpu", {"BLOCK_M": 64})
+        with torch.no_grad():
+            attended = attend(*inputs)
+        expected = freeswim.dense_window(grid, window, 0.37, border)(*inputs)
+        assert relative(attended, expected) <= 1e-5
 
 
-def test_without_flash_attention_a_line_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
-    assert fast.window_for(torch.device("cuda"), torch.bfloat16, 128) is None
+def broken_window(grid, window, scale=None, border="inward", device="cpu"):
+    raise RuntimeError("no\ncompiler " + 1000 * "x")
+
+
+def wrong_window(grid, window, scale=None, border="inward", device="cpu"):
+    return freeswim.grouped_window(grid, window, 2.0, border, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_window_that_agrees_is_taken(monkeypatch, capsys, dtype):
+    """And one line says which, and why not the ones before it."""
+    windows = {"broken": broken_window, "wrong": wrong_window, "right": freeswim.grouped_window}
+    monkeypatch.setattr(fast, "WINDOWS", windows)
+    found = fast.window_for(torch.device("cpu"), dtype, 16)
+    assert found is freeswim.grouped_window
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "Triton" in said and "flash_attn" in said
-    assert (
-        fast.window_for(torch.device("cuda"), torch.float32, 128) is None
-        and capsys.readouterr().err == ""
-    )
+    assert said.count("\n") == 1 and len(said) < 400
+    assert said.startswith("window attention by right; not broken: RuntimeError: no compiler xxx")
+    assert "; not wrong: ValueError: its result is off by " in said
+
+
+def test_without_flash_attention_the_line_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
+    with pytest.raises(ImportError):
+        fast.flash_window((1, 2, 2), (1, 1), device="cpu")
+    assert list(fast.WINDOWS.values())[-1] is freeswim.grouped_window  # needs no compiler
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_transformer_is_the_same():
+    case = load("odd")
+    assert fast.transformer_for(torch.device("cpu")) is fast.CompiledTransformer
+    expected = refined(case, cache_interval=2)
+    folder = REFERENCE / "odd" / "transformer"
+    case.transformer = fast.CompiledTransformer.from_pretrained(folder)
+    assert relative(refined(case, cache_interval=2), expected) <= 1e-5
+
+
+def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(fast.CompiledBlock, "self_attention", fail)
+    assert fast.transformer_for(torch.device("cpu")) is model.WanTransformer
+    assert "uncompiled, and slower: RuntimeError: Failed to find" in capsys.readouterr().err
 
 
 def test_refine_takes_another_window(case):
     prepared = []
 
-    def prepare(*arguments):
+    def prepare(*arguments, device):
         prepared.append(arguments)
-        return freeswim.dense_window(*arguments)
+        return freeswim.dense_window(*arguments, device=device)
 
-    result = refined(case, prepare=prepare)
+    result = refined(case, window_attention=prepare)
     assert len(prepared) == 1
     assert (result - refined(case)).abs().max() <= 1e-5 * result.abs().max()
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_features_on_the_cpu(case, interval):
-    features = memory.FeaturesOnCPU("cpu")
-    for k in (interval, 2):  # the second time, it holds features of the first
+def test_the_cache_on_the_cpu(case, interval):
+    cache = memory.CacheOnCPU("cpu")
+    for k in (interval, 2):  # the second time, it holds what the first has left
         assert torch.equal(
-            refined(case, cache_interval=k, features=features), refined(case, cache_interval=k)
+            refined(case, cache_interval=k, cross_attention_cache=cache),
+            refined(case, cache_interval=k),
         )
-    assert len(features) == len(case.transformer.blocks)
+    assert len(cache) == len(case.transformer.blocks)
     larger = freeswim.upsample(case.expected["encoded"], 20, 22)
     for latents in (larger, None):  # and of another size
         expected = refined(case, latents, cache_interval=2)
-        assert torch.equal(refined(case, latents, cache_interval=2, features=features), expected)
+        assert torch.equal(
+            refined(case, latents, cache_interval=2, cross_attention_cache=cache), expected
+        )
 
 
 def test_streamed_blocks(case):

@@ -82,7 +82,7 @@ def test_every_layout_is_read(checkpoint):
             read_weights(model, model.sources, "cpu", None, name + ".")
     expected = theirs.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[checkpoint_name(name)]), name
+        assert torch.equal(tensor, expected[checkpoint_name(ours, name)]), name
 
 
 def break_file(file, change):
@@ -103,9 +103,9 @@ def test_a_missing_tensor_is_named(checkpoint):
     break_file(file, lambda tensors: tensors.pop(tensor))
     assert_refused(ours, folder, tensor, file.name, "missing")
     for index in folder.glob("*.index.json"):  # nor does the index know of it any more
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         del content["weight_map"][tensor]
-        index.write_text(json.dumps(content))
+        index.write_text(json.dumps(content), encoding="utf-8")
         assert_refused(ours, folder, tensor, index.name, "missing")
 
 
@@ -135,7 +135,8 @@ def names_and_shapes(cls, config):
     with torch.device("meta"):
         built = cls(config)
     return {
-        checkpoint_name(name): list(tensor.shape) for name, tensor in built.state_dict().items()
+        checkpoint_name(cls, name): list(tensor.shape)
+        for name, tensor in built.state_dict().items()
     }
 
 
@@ -143,9 +144,10 @@ def names_and_shapes(cls, config):
     "part, cls", [("transformer", WanTransformer), ("vae", WanVAE), ("text_encoder", TextEncoder)]
 )
 def test_names_and_shapes_are_those_published(part, cls):
-    config = json.loads((PUBLISHED / part / "config.json").read_text())
+    config = json.loads((PUBLISHED / part / "config.json").read_text(encoding="utf-8"))
     assert (
-        names_and_shapes(cls, config) == json.loads((PUBLISHED / "shapes.json").read_text())[part]
+        names_and_shapes(cls, config)
+        == json.loads((PUBLISHED / "shapes.json").read_text(encoding="utf-8"))[part]
     )
 
 
@@ -191,9 +193,9 @@ def test_weights_are_never_held_twice(tmp_path, dtype, share):
 # --------------------------------------------------------------------------------------------------
 
 REVISIONS = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": json.loads((PUBLISHED / "files.json").read_text())[
-        "revision"
-    ],
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": json.loads(
+        (PUBLISHED / "files.json").read_text(encoding="utf-8")
+    )["revision"],
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
     "someone/else": None,  # whatever is newest
 }
@@ -229,7 +231,7 @@ def test_mutated_checkpoints_load_whole_or_are_refused():
     """A slice of what fuzz.py does, in a process of its own, since a crash is one of the things it
     looks for."""
     command = [sys.executable, Path(__file__).parent / "fuzz.py", "300", "1"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout[-200:] + result.stderr
     assert "300 mutations" in result.stdout
 
@@ -246,7 +248,10 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
     assert Path(checks.download(name)) == tmp_path
     ((repository, options),) = calls
     assert repository == name and options["revision"] == REVISIONS[name]
-    listing = [*json.loads((PUBLISHED / "files.json").read_text())["files"], *NEEDLESS]
+    listing = [
+        *json.loads((PUBLISHED / "files.json").read_text(encoding="utf-8"))["files"],
+        *NEEDLESS,
+    ]
     patterns = dict(
         allow_patterns=options.get("allow_patterns"), ignore_patterns=options.get("ignore_patterns")
     )

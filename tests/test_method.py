@@ -6,13 +6,26 @@ two tiny random models. The authors hard-code 1560 native tokens, whatever the m
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from oracle import relative
 from references import REFINEMENTS, as_clip, interval_of, load, names, refined
 
-from freeswim import FlowUniPC, attention_scale, dense_window, predict, upsample
+from freeswim import (
+    FlowUniPC,
+    attention_scale,
+    dense_window,
+    draw_noise,
+    generate,
+    grouped_window,
+    no_window,
+    predict_cached,
+    predict_dual,
+    upsample,
+)
 from model import full_attention
 
 
@@ -31,19 +44,20 @@ def case(request, sets):
 
 
 def test_single_passes(case):
-    expected, run = case.expected, partial(predict, case.transformer)
-    now = expected["latents"], expected["timestep"]
-    later = expected["latents_next"], expected["timestep_next"]
-    features = {}
+    expected = case.expected
+    text = expected["text"]
+    negative = expected["negative"]
+    now = case.transformer, expected["latents"], expected["timestep"]
+    later = case.transformer, expected["latents_next"], expected["timestep_next"]
+    attends = case.window, case.full
+    cache = {}
     passes = {
-        "dual_full": case.transformer(*now, expected["text"], case.full),
-        "dual_window": run(*now, expected["text"], case.window, attend_full=case.full),
-        "dual_window_negative": run(*now, expected["negative"], case.window, attend_full=case.full),
-        "guide_window": run(
-            *now, expected["text"], case.window, attend_full=case.full, features=features
-        ),
-        "reuse_window": run(*later, expected["text"], case.window, features=features),
-        "window_only_negative": run(*later, expected["negative"], case.window),
+        "dual_full": case.transformer(*now[1:], text, case.full),
+        "dual_window": predict_dual(*now, text, *attends),
+        "dual_window_negative": predict_dual(*now, negative, *attends),
+        "guide_window": predict_dual(*now, text, *attends, cache),
+        "reuse_window": predict_cached(*later, text, case.window, cache),
+        "window_only_negative": case.transformer(*later[1:], negative, case.window),
     }
     errors = {name: relative(velocity, expected[name]) for name, velocity in passes.items()}
     assert all(error <= 1e-4 for error in errors.values()), errors
@@ -117,13 +131,13 @@ def test_every_reference_tensor_is_used():
     "change",
     [
         {"override": False},
-        {"kind": "full"},
-        {"kind": "clipped"},
+        {"window_attention": no_window},
+        {"window_attention": partial(grouped_window, border="clipped")},
         {"scale_tokens": 2},
         {"cache_interval": 1},
         {"cache_interval": 3},
     ],
-    ids=str,
+    ids=["no override", "no window", "clipped", "scale", "interval 1", "interval 3"],
 )
 def test_every_ingredient_matters(case, change):
     assert relative(refined(case, **change), case.expected["nocache.latents"]) > 1e-2
@@ -148,7 +162,7 @@ def test_a_slightly_wrong_scale_matters(case):
             (case.window, full),
             (window, case.full),
         ):
-            velocity = predict(case.transformer, *inputs, attend_window, attend_full)
+            velocity = predict_dual(case.transformer, *inputs, attend_window, attend_full)
             assert relative(velocity, expected["dual_window"]) > 1e-3
 
 
@@ -164,29 +178,37 @@ def test_attention_scale_is_the_papers(head_dim, native_tokens):
 # The cache is read, never written; nothing is kept between calls; no work is thrown away.
 
 
-def test_features_are_only_read(case):
-    expected, features = case.expected, {}
-    run = partial(predict, case.transformer, text=expected["text"], attend_window=case.window)
-    guide = run(expected["latents"], expected["timestep"], attend_full=case.full, features=features)
-    assert len(features) == case.transformer.config["num_layers"]
-    kept = {block: tensor.clone() for block, tensor in features.items()}
+def test_the_cache_is_only_read(case):
+    expected = case.expected
+    text = expected["text"]
+    now = case.transformer, expected["latents"], expected["timestep"], text
     latents = expected["latents_next"].clone()
-    first, second = (run(latents, expected["timestep_next"], features=features) for _ in range(2))
+    later = case.transformer, latents, expected["timestep_next"], text
+    cache = {}
+    guide = predict_dual(*now, case.window, case.full, cache)
+    assert len(cache) == case.transformer.config["num_layers"]
+    kept = {block: tensor.clone() for block, tensor in cache.items()}
+    first = predict_cached(*later, case.window, cache)
+    second = predict_cached(*later, case.window, cache)
     assert torch.equal(first, second)
     assert torch.equal(latents, expected["latents_next"])
-    assert features.keys() == kept.keys()
-    assert all(torch.equal(features[block], kept[block]) for block in kept)
+    assert cache.keys() == kept.keys()
+    assert all(torch.equal(cache[block], kept[block]) for block in kept)
     # A second caching step replaces every one of them, and none of the first has a part in it.
-    run(
-        expected["latents_next"],
-        expected["timestep_next"],
-        attend_full=case.full,
-        features=features,
-    )
-    assert not any(torch.equal(features[block], kept[block]) for block in kept)
-    again = run(expected["latents"], expected["timestep"], attend_full=case.full, features=features)
+    predict_dual(*later, case.window, case.full, cache)
+    assert not any(torch.equal(cache[block], kept[block]) for block in kept)
+    again = predict_dual(*now, case.window, case.full, cache)
     assert torch.equal(again, guide)
-    assert all(torch.equal(features[block], kept[block]) for block in kept)
+    assert all(torch.equal(cache[block], kept[block]) for block in kept)
+
+
+def test_without_override_a_pass_is_the_transformers_own(case):
+    """And a dual pass whose two attentions are the same is that of one path."""
+    expected = case.expected
+    inputs = expected["latents"], expected["timestep"], expected["text"]
+    alone = case.transformer(*inputs, case.window)
+    dual = predict_dual(case.transformer, *inputs, case.window, case.window)
+    assert relative(dual, alone) <= 1e-6
 
 
 @pytest.mark.parametrize("interval", [None, 2])
@@ -203,17 +225,21 @@ def test_clips_of_a_batch_do_not_mix(case):
     latents = torch.cat([expected["latents"], expected["latents_next"]])
     timestep = torch.cat([expected["timestep"], expected["timestep_next"]])
     text = torch.cat([expected["text"], expected["negative"]])
-    features = {}
-    for options in ({}, {"attend_full": case.full, "features": features}, {"features": features}):
-        together = predict(case.transformer, latents, timestep, text, case.window, **options)
-        for clip in (slice(0, 1), slice(1, 2)):
-            mine = options | ({"features": {}} if "attend_full" in options else {})
-            if options.keys() == {"features"}:
-                mine = {"features": {block: tensor[clip] for block, tensor in features.items()}}
-            alone = predict(
-                case.transformer, latents[clip], timestep[clip], text[clip], case.window, **mine
-            )
-            assert relative(together[clip], alone) <= 1e-5
+    inputs = latents, timestep, text
+
+    def passes(clip):
+        mine = case.transformer, *(part[clip] for part in inputs)
+        cache = {}
+        return [
+            case.transformer(*mine[1:], case.window),
+            predict_dual(*mine, case.window, case.full, cache),
+            predict_cached(*mine, case.window, cache),
+        ]
+
+    together = passes(slice(0, 2))
+    for clip in (slice(0, 1), slice(1, 2)):
+        for both, alone in zip(together, passes(clip), strict=True):
+            assert relative(both[clip], alone) <= 1e-5
 
 
 def work(case, **options):
@@ -247,6 +273,51 @@ def test_no_work_is_thrown_away(case):
     # Cached: the two window branches at every step, the full branch at the caching steps;
     # cross-attention is the full branch's and the negative's own.
     assert work(case, cache_interval=3) == [2 * steps + guides, steps + guides, 2 * steps]
+
+
+def test_guidance_1_skips_the_negative_pass(case):
+    """Whatever the negative prompt is, and with none, the result is the same."""
+    for options in ({}, {"cache_interval": 3}, {"override": False}):
+        expected = refined(case, guidance=1, **options)
+        wrong = dict(case.expected, negative=case.expected["negative"] + 1)
+        other = SimpleNamespace(**(vars(case) | {"expected": wrong}))
+        assert torch.equal(refined(other, guidance=1, **options), expected)
+        none = SimpleNamespace(**(vars(case) | {"expected": dict(wrong, negative=None)}))
+        assert torch.equal(refined(none, guidance=1, **options), expected)
+    steps = len(case.meta["timesteps"])
+    assert work(case, guidance=1) == [2 * steps, steps, steps]
+    text = case.expected["text"]
+    draws = [torch.Generator().manual_seed(0) for _ in range(3)]
+    settings = dict(steps=2, guidance=1)
+    shape = (1, 16, 1, 4, 4)
+    expected = generate(case.transformer, text, text, shape, generator=draws[0], **settings)
+    for negative, draw in ((None, draws[1]), (text + 1, draws[2])):
+        latents = generate(case.transformer, text, negative, shape, generator=draw, **settings)
+        assert torch.equal(latents, expected)
+
+
+def test_a_generator_for_each_clip(case):
+    """The same noise as each clip would have alone, as in Diffusers; whatever the default dtype."""
+    text = case.expected["text"].expand(2, -1, -1)
+    shape = (2, 16, 1, 4, 4)
+    draws = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    together = generate(case.transformer, text, text, shape, steps=2, generator=draws)
+    for row, seed in enumerate((5, 6)):
+        draw = torch.Generator().manual_seed(seed)
+        alone = generate(
+            case.transformer, text[:1], text[:1], (1, *shape[1:]), steps=2, generator=draw
+        )
+        assert relative(together[row : row + 1], alone) <= 1e-5
+    expected = draw_noise(shape, torch.Generator().manual_seed(5), "cpu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        noise = draw_noise(shape, torch.Generator().manual_seed(5), "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(noise, expected)
+    theirs = randn_tensor(shape, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    draws = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    assert torch.equal(draw_noise(shape, draws, "cpu"), theirs)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def torchrun(ranks, *command):
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -111,7 +111,9 @@ def test_when_one_dies_all_end(tmp_path, victim):
     while not (output / "state" / "text.safetensors").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    )
     ranks = {
         int(environment(child)["RANK"]): int(child)
         for child in children
@@ -126,7 +128,7 @@ def test_when_one_dies_all_end(tmp_path, victim):
 
 def environment(pid):
     """A running process's environment variables."""
-    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    entries = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
@@ -173,7 +175,8 @@ def test_two_train_one_model(tmp_path):
         )
         assert first == second != start
     statistics = [
-        json.loads((folder / "vae" / "config.json").read_text()) for folder in (before, one)
+        json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        for folder in (before, one)
     ]
     assert statistics[0] == statistics[1]
     clips = [torch.load(folder / "clips-scene-1.pt")[0] for folder in (tmp_path, other)]

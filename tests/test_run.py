@@ -68,21 +68,25 @@ def test_a_run_is_not_overwritten_unasked(finished, copy):
 @pytest.mark.parametrize("name", ["base.mp4", "freeswim.mp4", "comparison.png", "state"])
 def test_what_no_run_wrote_is_not_touched(finished, tmp_path, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / name).write_text("mine", encoding="utf-8")
     for more in ([], ["--overwrite"]):
         with refused(name, "no run wrote"):
             run_here("--model", finished / "model", "--output", tmp_path / "run", *SMALL, *more)
-    assert (tmp_path / "run" / name).read_text() == "mine" and len(
+    assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "mine" and len(
         [*(tmp_path / "run").iterdir()]
     ) == 1
 
 
 def test_overwriting_removes_only_what_a_run_wrote(finished, copy):
-    (copy / "notes.txt").write_text("mine")
-    (copy / "state" / "notes.txt").write_text("mine")
+    (copy / "notes.txt").write_text("mine", encoding="utf-8")
+    (copy / "state" / "notes.txt").write_text("mine", encoding="utf-8")
     (copy / "state" / "full attention.safetensors").write_bytes(b"of the run before")
     run_here("--model", finished / "model", "--output", copy, *SMALL, "--seed", 1, "--overwrite")
-    assert (copy / "notes.txt").read_text() == (copy / "state" / "notes.txt").read_text() == "mine"
+    assert (
+        (copy / "notes.txt").read_text(encoding="utf-8")
+        == (copy / "state" / "notes.txt").read_text(encoding="utf-8")
+        == "mine"
+    )
     assert not (copy / "state" / "full attention.safetensors").exists()
     assert latents(copy) != latents(finished / "output")
 
@@ -133,7 +137,7 @@ def test_two_runs_do_not_share_a_folder(finished, tmp_path):
 def test_a_folder_that_was_just_made_can_be_used(finished, tmp_path):
     """A kill between making the folder and its run.json leaves it empty, but for half a file."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "part-run.json").write_text("{")
+    (tmp_path / "run" / "part-run.json").write_text("{", encoding="utf-8")
     run_here("--model", finished / "model", "--output", tmp_path / "run", *SMALL)
     assert not (tmp_path / "run" / "part-run.json").exists()
 
@@ -177,7 +181,7 @@ def test_a_state_is_taken_up_where_it_was(finished, copy):
 def test_edited_settings_are_noticed(copy, name, value):
     content = record(copy)
     content["settings"][name] = value
-    (copy / "run.json").write_text(json.dumps(content))
+    (copy / "run.json").write_text(json.dumps(content), encoding="utf-8")
     with refused(f"its {name} is not"):
         run_here("--resume", copy)
 
@@ -193,7 +197,7 @@ def test_edited_settings_are_noticed(copy, name, value):
     ],
 )
 def test_a_damaged_record_is_named(copy, field, value):
-    (copy / "run.json").write_text(json.dumps(record(copy) | {field: value}))
+    (copy / "run.json").write_text(json.dumps(record(copy) | {field: value}), encoding="utf-8")
     with refused("--resume" if field == "fingerprints" else "run.json"):
         run_here("--resume", copy)
 
@@ -253,7 +257,7 @@ def test_a_stopped_run_says_how_to_go_on(finished, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_even_while_importing(tmp_path, number):
     process = start("--output", tmp_path / "run")
-    while "libtorch" not in open(f"/proc/{process.pid}/maps").read():
+    while "libtorch" not in open(f"/proc/{process.pid}/maps", encoding="utf-8").read():
         assert process.poll() is None
     process.send_signal(number)
     output, errors = process.communicate()
@@ -311,7 +315,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from support import media
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 media.write_video({str(tmp_path / "a.mp4")!r}, torch.rand(1, 3, 17, 128, 192) * 2 - 1, 16)"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert result.returncode == 1 and "OSError: the encoder wrote half of it" in result.stderr
 
 

@@ -108,9 +108,9 @@ def test_help_shows_the_words_and_the_defaults(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    vocabulary = json.loads((ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text())["model"][
-        "vocab"
-    ]
+    vocabulary = json.loads(
+        (ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    )["model"]["vocab"]
     assert all(word in text.split() for word in vocabulary if word[0] != "<")
     assert all(f"({default})" in text for default in (2.0, 5, 0, "output"))
 
@@ -176,7 +176,8 @@ def refused(capsys, *named):
     message = printed if caught.type is SystemExit else str(caught.value)
     for words in named:
         assert words in message
-    assert caught.type is ValueError or caught.value.code == 2 and len(printed.splitlines()) == 1
+    is_user_error = issubclass(caught.type, ValueError)
+    assert is_user_error or caught.value.code == 2 and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -244,8 +245,11 @@ def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
 
 def rewrite(file, **changes):
     """Change fields of a JSON file; None removes one."""
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None}),
+        encoding="utf-8",
+    )
 
 
 def retensor(file, change):
@@ -259,7 +263,7 @@ def shard(folder, **changes):
     None}."""
     split_weights(folder)
     index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"] | changes
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] | changes
     rewrite(index, weight_map={name: file for name, file in weight_map.items() if file is not None})
 
 
@@ -310,7 +314,7 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
         [BIAS, "not finite"],
     ),
     "not safetensors": (
-        lambda f: (f / T / "model.safetensors").write_text("hello, " * 1000),
+        lambda f: (f / T / "model.safetensors").write_text("hello, " * 1000, encoding="utf-8"),
         ["fetch it again"],
     ),
     "a pickle": (
@@ -334,11 +338,11 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
         [NORM, "I64"],
     ),
     "config not JSON": (
-        lambda f: (f / T / "config.json").write_text("{"),
+        lambda f: (f / T / "config.json").write_text("{", encoding="utf-8"),
         ["config.json", "not JSON"],
     ),
     "config a list": (
-        lambda f: (f / V / "config.json").write_text("[1]"),
+        lambda f: (f / V / "config.json").write_text("[1]", encoding="utf-8"),
         ["config.json", "not an object"],
     ),
     "field missing": (
@@ -375,7 +379,9 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
         ["image_dim", "1280"],
     ),
     "image to video, by index": (
-        lambda f: (f / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}'),
+        lambda f: (f / "model_index.json").write_text(
+            '{"_class_name": "WanImageToVideoPipeline"}', encoding="utf-8"
+        ),
         ["WanImageToVideoPipeline", "text-to-video"],
     ),
     "VACE": (
@@ -385,14 +391,15 @@ BROKEN = {  # what is done to a checkpoint, and what the one line of the answer 
     "Wan2.2": (
         lambda f: (f / "model_index.json").write_text(
             '{"_class_name": "WanPipeline", '
-            '"transformer_2": ["diffusers", "WanTransformer3DModel"]}'
+            '"transformer_2": ["diffusers", "WanTransformer3DModel"]}',
+            encoding="utf-8",
         ),
         ["Wan2.2"],
     ),
     "Wan2.2's VAE": (lambda f: rewrite(f / V / "config.json", z_dim=48), ["z_dim", "48"]),
     "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer.json"]),
     "tokenizer broken": (
-        lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"),
+        lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8"),
         ["tokenizer.json"],
     ),
     "index points outside": (
@@ -623,7 +630,7 @@ def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
     [
         os.mkfifo,
         lambda file: file.write_bytes(b""),
-        lambda file: file.write_text("hi\n" * 99),
+        lambda file: file.write_text("hi\n" * 99, encoding="utf-8"),
         lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)),
     ],
 )

@@ -146,7 +146,8 @@ def large(tmp_path_factory):
         return sum(4 * parameter.numel() for parameter in part.parameters())
 
     shapes = {
-        checkpoint_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()
+        checkpoint_name(TextEncoder, name): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
     }
     return (
         folder,

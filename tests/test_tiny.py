@@ -242,7 +242,7 @@ def test_it_is_small():
 
 
 def test_the_card_tells_which_weights_these_are():
-    card = (TINY / "README.md").read_text()
+    card = (TINY / "README.md").read_text(encoding="utf-8")
     for file in TINY.rglob("*.safetensors"):
         assert hashlib.sha256(file.read_bytes()).hexdigest() in card
 
@@ -295,7 +295,9 @@ def test_diffusers_and_transformers_read_it_as_we_do(transformer, vae, text):
 
 
 def test_captions_are_made_of_words_that_it_knows():
-    known = json.loads((TINY / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    known = json.loads((TINY / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))[
+        "model"
+    ]["vocab"]
     for caption in world.captions(world.sample_scenes(200, torch.Generator().manual_seed(0))):
         assert set(caption.split()) <= set(known)
 

@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from oracle import relative
 from parity import randomise
 
-from model import WanTransformer, checkpoint_name
+from model import WanTransformer, checkpoint_name, rotary_table
 
 BASE = dict(
     num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=96, text_dim=40, freq_dim=32
@@ -82,7 +82,8 @@ def test_bfloat16(case):
     dtypes = {name: tensor.dtype for name, tensor in their_model.state_dict().items()}
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
     assert {
-        checkpoint_name(name): tensor.dtype for name, tensor in our_model.state_dict().items()
+        checkpoint_name(WanTransformer, name): tensor.dtype
+        for name, tensor in our_model.state_dict().items()
     } == dtypes
     assert velocity.dtype == torch.float32
     error, allowed = relative(velocity, exact), 1.2 * relative(theirs, exact)
@@ -121,3 +122,26 @@ def test_attention_is_the_callers(case):
         for t in range(frames):
             alone = model(latents[:, :, t : t + 1], timestep, text)
             assert relative(velocity[:, :, t : t + 1], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("head_dim", [6, 10, 16, 20, 22, 24, 28, 46, 48, 128])
+def test_rotary_split_is_wans(head_dim):
+    """As Wan's own code computes it: tables for d - 4 * (d // 6), 2 * (d // 6) and 2 * (d // 6)
+    channels, joined, then split into c - 2 * (c // 3), c // 3 and c // 3 pairs of c = d // 2."""
+    frames, height, width = grid = (3, 4, 5)
+    third = 2 * (head_dim // 6)
+    tables = []
+    for channels in (head_dim - 2 * third, third, third):
+        frequency = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        tables.append(torch.outer(torch.arange(5, dtype=torch.float64), frequency))
+    pairs = head_dim // 2
+    sizes = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    by_frame, by_row, by_column = torch.cat(tables, dim=1).split(sizes, dim=1)
+    expected = torch.empty(height, width, frames, pairs, dtype=torch.float64)
+    for h in range(height):
+        for w in range(width):
+            for t in range(frames):
+                expected[h, w, t] = torch.cat([by_frame[t], by_row[h], by_column[w]])
+    cos, sin = rotary_table(grid, head_dim, "cpu")
+    assert (cos.squeeze(1) - expected.cos().flatten(0, 2)).abs().max() <= 1e-6
+    assert (sin.squeeze(1) - expected.sin().flatten(0, 2)).abs().max() <= 1e-6

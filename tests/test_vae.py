@@ -193,7 +193,7 @@ def test_gradients(pairs):
         assert parameter.grad is not None and parameter.grad.norm() > 0, (
             f"no gradient reaches {name}"
         )
-        assert relative(parameter.grad, gradients[checkpoint_name(name)]) <= 1e-5, name
+        assert relative(parameter.grad, gradients[checkpoint_name(WanVAE, name)]) <= 1e-5, name
 
 
 DECODE = """

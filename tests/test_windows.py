@@ -88,15 +88,15 @@ def test_mask_keeps_its_definition(height, width, window):
 
 
 @pytest.mark.parametrize("builder", [dense_window, grouped_window])
-@pytest.mark.parametrize("kind", ["inward", "clipped"])
+@pytest.mark.parametrize("border", ["inward", "clipped"])
 @pytest.mark.parametrize("grid, window", CASES)
-def test_window_attention_is_the_textbooks(builder, grid, window, kind):
+def test_window_attention_is_the_textbooks(builder, grid, window, border):
     frames, height, width = grid
     draw = torch.Generator().manual_seed(1)
     query, key, value = torch.randn(3, 2, 3, frames * height * width, 20, generator=draw)
     for scale in (None, 0.37):
-        expected = window_attention(query, key, value, token_mask(grid, window, kind), scale)
-        attended = builder(grid, window, scale=scale, kind=kind)(query, key, value)
+        expected = window_attention(query, key, value, token_mask(grid, window, border), scale)
+        attended = builder(grid, window, scale=scale, border=border)(query, key, value)
         assert attended.dtype == torch.float32
         assert relative(attended, expected) <= 1e-5
 
@@ -114,15 +114,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["inward", "clipped"])
-def test_groups_never_hold_the_mask_of_the_whole_clip(kind):
+@pytest.mark.parametrize("border", ["inward", "clipped"])
+def test_groups_never_hold_the_mask_of_the_whole_clip(border):
     grid, window = (3, 48, 48), (5, 7)
     tokens = 3 * 48 * 48
     query, key, value = torch.randn(3, 1, 1, tokens, 8)
     with LargestTensor() as dense:
-        slow = dense_window(grid, window, kind=kind)(query, key, value)
+        slow = dense_window(grid, window, border=border)(query, key, value)
     with LargestTensor() as grouped:
-        fast = grouped_window(grid, window, kind=kind)(query, key, value)
+        fast = grouped_window(grid, window, border=border)(query, key, value)
     assert dense.elements >= tokens**2  # the measure does see a mask
     assert grouped.elements <= tokens**2 / 20
     assert relative(fast, slow) <= 1e-5

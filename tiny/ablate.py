@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from freeswim import dense_window, generate, grouped_window, refine, upsample
+from freeswim import dense_window, generate, grouped_window, no_window, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from sample import PRESETS
 from support import media
@@ -33,8 +33,8 @@ from tiny import world
 HERE = Path(__file__).parent
 NATIVE = PRESETS[240]
 METHODS = {
-    "full attention": {"kind": "full", "override": False},
-    "clipped window": {"kind": "clipped", "override": False},
+    "full attention": {"override": False},
+    "clipped window": {"override": False},
     "inward window": {"override": False},
     "inward + override": {},
     "cached, k = 2": {"cache_interval": 2},
@@ -447,7 +447,7 @@ def refined_clips(args, models, scenes, bases, scale, settings):
                 native=native,
                 steps=args.steps,
                 generator=torch.Generator().manual_seed(1000 * seed + start + 500),
-                prepare=models.prepare,
+                window_attention=models.windows.get(method, models.windows["inward window"]),
                 **settings,
                 **METHODS[method],
             )
@@ -467,6 +467,18 @@ def refined_clips(args, models, scenes, bases, scale, settings):
     return results, pictures
 
 
+def window_attentions(device):
+    """The window attention of each ablation. Each is prepared once for all clips of a size."""
+    window = grouped_window
+    if device.type == "cuda":
+        window = dense_window  # of so few tokens, a mask is faster there
+    return {
+        "full attention": no_window,
+        "clipped window": cache(partial(window, border="clipped")),
+        "inward window": cache(window),
+    }
+
+
 @torch.no_grad()
 def main():
     args = parse_arguments()
@@ -481,9 +493,7 @@ def main():
         tokenizer=load_tokenizer(args.model / "tokenizer", NATIVE.text_length),
         transformer=WanTransformer.from_pretrained(args.model / "transformer", device, dtype),
         vae=WanVAE.from_pretrained(args.model / "vae", device),
-        prepare=cache(
-            dense_window if device.type == "cuda" else grouped_window
-        ),  # of so few tokens, a mask is faster
+        windows=window_attentions(device),
         judges=ProcessPoolExecutor(
             max(1, os.cpu_count() - 1),
             multiprocessing.get_context("spawn"),
@@ -503,7 +513,7 @@ def main():
     def report(text):
         print(text, flush=True)
         lines.append(text)
-        (args.output / "table.md").write_text("\n".join(lines) + "\n")
+        (args.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     bases, judged = base_clips(args, models, scenes, batches)
     judged = {name: settled(results) for name, results in judged.items()}
@@ -544,7 +554,7 @@ def main():
                     args.output / f"{name}-{row}.png"
                 )
             (args.output / f"{name}.json").write_text(
-                json.dumps({key: value[0] for key, value in joined.items()})
+                json.dumps({key: value[0] for key, value in joined.items()}), encoding="utf-8"
             )
 
 

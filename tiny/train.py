@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from freeswim import upsample, window_spans
+from freeswim import upsample, window_size, window_start
 from model import (
     TextEncoder,
     WanTransformer,
@@ -406,25 +406,24 @@ def cut(clips, rows, columns, generator=None):
     tokens large: (B, 16, T, 2 rows, 2 columns), and their tops and lefts (B,) in tokens. As in a
     refinement, windows move inward at borders, and are cut from latents: where a window ends, no
     frame does, and the encoder padded nothing."""
-    top, left = (
-        window_spans(size // 2, tokens)[0][
-            torch.randint(size // 2, (len(clips),), generator=generator)
-        ]
-        for size, tokens in zip(clips.shape[3:], (rows, columns), strict=True)
-    )
-    windows = [
-        clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)]
-        for clip, y, x in zip(clips, top.tolist(), left.tolist(), strict=True)
-    ]
+    count = len(clips)
+    height = clips.shape[3] // 2  # in tokens
+    width = clips.shape[4] // 2
+    row = torch.randint(height, (count,), generator=generator)
+    column = torch.randint(width, (count,), generator=generator)
+    top = window_start(row, height, rows)
+    left = window_start(column, width, columns)
+    windows = []
+    for clip, y, x in zip(clips, top.tolist(), left.tolist(), strict=True):
+        windows.append(clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)])
     return torch.stack(windows), top, left
 
 
 def cut_windows(latents, scenes, scale, args, generator):
     """Of large scenes and their latents (B, 16, T, h, w), as many windows as fill them: latents and
     captions of what is seen."""
-    rows, columns = (
-        2 * (size // 32) + 1 for size in (args.height, args.width)
-    )  # in tokens, of 16 pixels
+    rows = window_size(args.height // 16)  # in tokens, of 16 pixels
+    columns = window_size(args.width // 16)
     pixel, windows, text = torch.full((len(latents),), 1 / (args.height * scale)), [], []
     for _ in range(int(scale**2)):
         pieces, top, left = cut(latents, rows, columns, generator)
@@ -476,9 +475,9 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
 
 def write(net, config, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     weights = {
-        checkpoint_name(key): value.bfloat16().cpu().contiguous()
+        checkpoint_name(type(net), key): value.bfloat16().cpu().contiguous()
         for key, value in net.state_dict().items()
     }
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -598,7 +597,7 @@ def main():
     def log(line):
         if RANK == 0:
             print(line, flush=True)
-        with open(args.work / "log.txt", "a") as file:
+        with open(args.work / "log.txt", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     torch.manual_seed(100 * args.seed + RANK)
@@ -642,7 +641,8 @@ def main():
             },
             indent=1,
         )
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
 
 

@@ -4,6 +4,7 @@ at its place."""
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import port_check
@@ -16,7 +17,8 @@ from oracle import relative
 from references import REFERENCE, REFINEMENTS, interval_of, names
 from safetensors.numpy import load_file, save_file
 
-PORT = REFERENCE.parent / "port_numpy.py"
+HERE = Path(__file__).parent
+PORT = HERE / "port_numpy.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,9 @@ def port():
 
 def check(*arguments):
     return subprocess.run(
-        [sys.executable, REFERENCE.parent / "port_check.py", *map(str, arguments)],
+        [sys.executable, HERE / "port_check.py", *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -41,7 +43,7 @@ def test_every_step_of_the_port(port):
         "refine",
     }
     assert {
-        name for name in load_file(REFERENCE / "steps.safetensors") if name.startswith("dit")
+        name for name in load_file(HERE / "steps.safetensors") if name.startswith("dit")
     } <= port.keys()
 
 
@@ -61,22 +63,22 @@ def test_whole_refinements_of_the_port(case, tensor):
 
 
 def test_the_port_is_short_and_stands_alone():
-    lines = PORT.read_text().splitlines()
+    lines = PORT.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 350
     script = (
         f"import sys; sys.path.insert(0, {str(PORT.parent)!r}); import port_numpy; "
         f"print(*sys.modules)"
     )
     loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True
     ).stdout.split()
     assert "numpy" in loaded and not {"torch", "model", "freeswim", "scipy"} & set(loaded)
 
 
 def test_the_file_of_steps_is_what_the_script_writes():
-    expected, written = load_file(REFERENCE / "steps.safetensors"), write_steps.steps()
+    expected, written = load_file(HERE / "steps.safetensors"), write_steps.steps()
     assert expected.keys() == written.keys()
-    assert (REFERENCE / "steps.safetensors").stat().st_size <= 2 * 2**20
+    assert (HERE / "steps.safetensors").stat().st_size <= 2 * 2**20
     for name, value in expected.items():
         assert relative(written[name], torch.from_numpy(value)) <= 1e-5 or not value.any(), name
 
@@ -153,7 +155,7 @@ def test_the_authors_outputs_can_be_compared_too():
     assert port_check.compare(outputs)[0][:2] == (True, "reuse_window")
     for place in port_check.PLACES.values():  # files and names are there
         file, names_there = place.split(";")[0].split(": ")
-        text = (REFERENCE.parent.parent / file).read_text()
+        text = (HERE.parent.parent / file).read_text(encoding="utf-8")
         assert all(
             re.search(rf"(def|class) {name.split('.')[-1]}\b", text)
             for name in names_there.split(", ")
@@ -162,7 +164,7 @@ def test_the_authors_outputs_can_be_compared_too():
 
 
 def test_bad_input_to_the_command(tmp_path):
-    (tmp_path / "text.safetensors").write_text("no tensors")
+    (tmp_path / "text.safetensors").write_text("no tensors", encoding="utf-8")
     save_file({}, tmp_path / "empty.safetensors")
     for file in (tmp_path / "absent.safetensors", tmp_path / "text.safetensors"):
         process = check(file)
@@ -182,9 +184,11 @@ def test_bad_input_to_the_command(tmp_path):
 
 def test_every_tensor_is_described():
     """In tests/reference/README.md, by a name in which `*` stands for any part."""
-    described = re.findall(r"^\| `([^`]+)`", (REFERENCE / "README.md").read_text(), re.MULTILINE)
+    described = re.findall(
+        r"^\| `([^`]+)`", (REFERENCE / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     patterns = [re.compile(re.escape(name).replace(r"\*", ".+")) for name in described]
-    all_names = {*names("odd"), *names("wide"), *load_file(REFERENCE / "steps.safetensors")}
+    all_names = {*names("odd"), *names("wide"), *load_file(HERE / "steps.safetensors")}
     assert not [
         name for name in all_names if not any(pattern.fullmatch(name) for pattern in patterns)
     ]

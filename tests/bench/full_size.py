@@ -1,5 +1,5 @@
-"""At full size, on a GPU: `python tests/full_size.py [FOLDER]` writes a random checkpoint in the
-exact layout of Wan2.1-T2V-1.3B with Diffusers (float32, two transformer shards), loads it with
+"""At full size, on a GPU: `python tests/bench/full_size.py [FOLDER]` writes a random checkpoint in
+the exact layout of Wan2.1-T2V-1.3B with Diffusers (float32, two transformer shards), loads it with
 ours, and compares.
 
 Prints the relative errors, seconds and peak memory; fails if ours misses a bound. Takes about two
@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from model import WanTransformer, WanVAE  # noqa: E402
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from oracle import relative
 
-REAL = HERE / "wan2.1-t2v-1.3b"
+from model import WanTransformer, WanVAE
+
+REAL = TESTS / "wan2.1-t2v-1.3b"
 
 
 def write(cls, part, folder):
@@ -27,7 +29,7 @@ def write(cls, part, folder):
     ones."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        net = cls.from_config(json.loads((REAL / part / "config.json").read_text()))
+        net = cls.from_config(json.loads((REAL / part / "config.json").read_text(encoding="utf-8")))
         for parameter in net.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     net.save_pretrained(folder / part, max_shard_size="5GB")
@@ -47,10 +49,6 @@ def measure(label, run):
         f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     )
     return result
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @torch.no_grad()

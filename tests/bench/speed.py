@@ -1,5 +1,5 @@
-"""What is fast, and beside what. `python tests/bench.py` prints these tables, on a GPU; name some
-to have only those:
+"""What is fast, and beside what. `python tests/bench/speed.py` prints these tables, on a GPU; name
+some to have only those:
 
     attention   one window attention at 1080p, beside full attention and the authors' order
     step        a block, a step and 35 steps at 1080p: plain, compiled, with flash-attn-4
@@ -27,25 +27,31 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from freeswim import attention_scale, flex_window, grouped_window, predict
-from model import WanTransformer, WanVAE, checkpoint_name, full_attention
-from support.fast import CompiledTransformer, window_for
-from support.memory import FeaturesOnCPU, stream_blocks
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+from oracle import relative
 
-HD, UHD, WINDOW = (
-    (21, 68, 120),
-    (21, 135, 240),
-    (31, 53),
-)  # (T, H, W), (T, H, W) and (rows, columns) in tokens
-HEADS, HEAD_DIM, LAYERS = 12, 128, 30
+from freeswim import (
+    attention_scale,
+    flex_window,
+    grouped_window,
+    predict_cached,
+    predict_dual,
+)
+from model import WanTransformer, WanVAE, checkpoint_name, full_attention
+from support.fast import CompiledTransformer, flash_window, try_window, tuned_window
+from support.memory import CacheOnCPU, stream_blocks
+
+PUBLISHED = TESTS / "wan2.1-t2v-1.3b"
+HD = (21, 68, 120)  # (T, H, W) in tokens
+UHD = (21, 135, 240)
+WINDOW = (31, 53)  # (rows, columns) of tokens
+HEADS = 12
+HEAD_DIM = 128
+LAYERS = 30
 B14 = {"num_attention_heads": 40, "ffn_dim": 13824}
 SCALE = attention_scale(HEAD_DIM, 1560)
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def clock(function):
@@ -109,10 +115,17 @@ def time_major_window(grid, window):
 
 @cache
 def windows(grid):
-    """The window attentions that work here, by name."""
-    found = {"Triton": flex_window(grid, WINDOW, SCALE)}
-    prepare = window_for(torch.device("cuda"), torch.bfloat16, HEAD_DIM)
-    return found | ({"flash-attn-4": prepare(grid, WINDOW, SCALE)} if prepare else {})
+    """The window attentions that work here, by name; the fastest one is last."""
+    found = {
+        "plain FlexAttention": flex_window(grid, WINDOW, SCALE),
+        "Triton": tuned_window(grid, WINDOW, SCALE),
+    }
+    try:
+        try_window(flash_window, torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+        found["flash-attn-4"] = flash_window(grid, WINDOW, SCALE)
+    except Exception as error:  # not installed, or not for this GPU
+        print(f"without flash-attn-4: {type(error).__name__}: {str(error)[:80]}")
+    return found
 
 
 def random_parts(grid):
@@ -142,14 +155,15 @@ def attention_table():
         f"| floor: the window's pairs at cuDNN's rate | {floor:.1f} | | | |\n\noff from "
         f"the groups: {off}"
     )
-    start = time.time()
-    flex_window(HD, WINDOW, SCALE)(*parts)
-    torch.cuda.synchronize()
-    print(f"the same window prepared again, and called: {time.time() - start:.2f} s", flush=True)
+    report("window, ours, groups of queries", partial(grouped_window(HD, WINDOW, SCALE), *parts), 1)
+    for prepare in (flex_window, tuned_window):
+        for grid in (HD, UHD, HD):
+            seconds, peak, _ = clock(partial(prepare, grid, WINDOW, SCALE))
+            print(f"{prepare.__name__} prepared for {grid}: {seconds:.1f} s, peak {peak:.1f} GiB")
 
 
 def random_transformer(cls, layers, dtype=torch.bfloat16, device="cuda", **changes):
-    config = json.loads((HERE / "wan2.1-t2v-1.3b" / "transformer" / "config.json").read_text())
+    config = json.loads((PUBLISHED / "transformer" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     with torch.device("meta"):
         transformer = cls(config | changes | {"num_layers": layers}).eval().requires_grad_(False)
@@ -180,14 +194,15 @@ FULL = partial(full_attention, scale=SCALE)
 
 def passes(transformer, grid, window, name, repeats=3):
     """Print a row for each kind of pass; return one of what a step, and 35, take."""
-    given, layers, features = inputs(grid), len(transformer.blocks), {}
-    run = partial(predict, transformer, *given, attend_window=window)
-    embedding, _ = report(f"{name}: no block", lambda: transformer.embed(*given), repeats)
-    both, _ = report(
-        f"{name}: both paths", lambda: run(attend_full=FULL, features=features), repeats
-    )
-    kept, _ = report(f"{name}: window, kept features", lambda: run(features=features), repeats)
-    own, _ = report(f"{name}: window, own text", lambda: run(), repeats)
+    given = inputs(grid)
+    layers = len(transformer.blocks)
+    cache = {}
+    dual = partial(predict_dual, transformer, *given, window, FULL, cache)
+    cached = partial(predict_cached, transformer, *given, window, cache)
+    embedding, _ = report(f"{name}: no block", partial(transformer.embed, *given), repeats)
+    both, _ = report(f"{name}: both paths", dual, repeats)
+    kept, _ = report(f"{name}: window, cached", cached, repeats)
+    own, _ = report(f"{name}: window, own text", partial(transformer, *given, window), repeats)
     both, kept, own = (
         (seconds - embedding) / layers * LAYERS + embedding for seconds in (both, kept, own)
     )
@@ -210,7 +225,7 @@ def step_table():
     found, rows = windows(HD), []
     for cls, window in (
         (WanTransformer, "Triton"),
-        *((CompiledTransformer, window) for window in found),
+        *((CompiledTransformer, name) for name in found if name != "plain FlexAttention"),
     ):
         transformer = random_transformer(cls, 3)
         rows.append(passes(transformer, HD, found[window], f"{cls.__name__}, {window}"))
@@ -219,14 +234,14 @@ def step_table():
     latents, grid = latents[:, :, :3], (3, *HD[1:])
     with torch.backends.cudnn.flags(allow_tf32=False):
         attends = flex_window(grid, WINDOW, SCALE), FULL
-        exact = predict(
+        exact = predict_dual(
             random_transformer(WanTransformer, 2, torch.float32), latents, *rest, *attends
         )
         errors = {}
         for cls, (name, window) in product(
             (WanTransformer, CompiledTransformer), windows(grid).items()
         ):
-            velocity = predict(random_transformer(cls, 2), latents, *rest, window, FULL)
+            velocity = predict_dual(random_transformer(cls, 2), latents, *rest, window, FULL)
             errors[f"{cls.__name__}, {name}"] = f"{relative(velocity, exact):.3e}"
     print(f"\nbfloat16 from float32, two blocks: {errors}", flush=True)
 
@@ -235,16 +250,15 @@ def memory_table():
     table(f"one pass, 1080p, all {LAYERS} blocks, compiled")
     given, window = inputs(HD), list(windows(HD).values())[-1]
     transformer = random_transformer(CompiledTransformer, LAYERS)
-    run = partial(predict, transformer, *given, attend_window=window)
-    report("without cache: both paths", partial(run, attend_full=FULL), 1)
-    for name, kept in (("the GPU", dict), ("the CPU", partial(FeaturesOnCPU, "cuda"))):
-        features = kept()
-        report(
-            f"features on {name}: both paths", partial(run, attend_full=FULL, features=features), 1
-        )
-        report(f"features on {name}: kept features", partial(run, features=features))
+    dual = partial(predict_dual, transformer, *given, window, FULL)
+    report("without cache: both paths", dual, 1)
+    for name, kept in (("the GPU", {}), ("the CPU", CacheOnCPU("cuda"))):
+        report(f"cache on {name}: both paths", partial(dual, kept), 1)
+        cached = partial(predict_cached, transformer, *given, window, kept)
+        report(f"cache on {name}: window, cached", cached)
+        del cached, kept
     stream_blocks(transformer.to("cpu"), torch.device("cuda"))
-    report("weights on the CPU: window, own text", run)
+    report("weights on the CPU: window, own text", partial(transformer, *given, window))
 
 
 def memory_14b_table():
@@ -254,10 +268,11 @@ def memory_14b_table():
         transformer = random_transformer(CompiledTransformer, 4, device=device, **B14)
         if device == "cpu":
             stream_blocks(transformer, torch.device("cuda"))
-        run = partial(predict, transformer, *given, attend_window=window)
-        report(f"weights {name}: both paths", partial(run, attend_full=FULL), 1)
-        report(f"weights {name}: window, own text", run, 1)
-        del run, transformer
+        dual = partial(predict_dual, transformer, *given, window, FULL)
+        report(f"weights {name}: both paths", dual, 1)
+        own = partial(transformer, *given, window)
+        report(f"weights {name}: window, own text", own, 1)
+        del dual, own, transformer
 
 
 def sampled_attention(parts, sample, window=None):
@@ -321,7 +336,7 @@ def vae_table():
     from diffusers import AutoencoderKLWan
 
     table("VAE, 17 frames of 1920x1088, float32")
-    config = json.loads((HERE / "wan2.1-t2v-1.3b" / "vae" / "config.json").read_text())
+    config = json.loads((PUBLISHED / "vae" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     with torch.device("cuda"):
         theirs, ours = (
@@ -331,7 +346,7 @@ def vae_table():
         video = torch.rand(1, 3, 17, 1088, 1920) * 2 - 1
     theirs.enable_tiling()
     state = theirs.state_dict()
-    ours.load_state_dict({name: state[checkpoint_name(name)] for name in ours.state_dict()})
+    ours.load_state_dict({name: state[checkpoint_name(WanVAE, name)] for name in ours.state_dict()})
     mean, std = ours.mean.to("cuda"), ours.std.to("cuda")
     _, expected = report("encode: Diffusers'", lambda: theirs.encode(video).latent_dist.mode(), 1)
     _, latents = report("encode: ours", lambda: ours.encode(video), 1)
@@ -352,8 +367,8 @@ def quick_table():
         "Diffusers' |\n|---|---|---|---|"
     )
     ours, theirs = (
-        WanVAE.from_pretrained(HERE.parent / "tiny" / "vae"),
-        AutoencoderKLWan.from_pretrained(HERE.parent / "tiny" / "vae"),
+        WanVAE.from_pretrained(ROOT / "tiny" / "vae"),
+        AutoencoderKLWan.from_pretrained(ROOT / "tiny" / "vae"),
     )
     video = torch.rand(1, 3, 17, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = ours.encode(video)

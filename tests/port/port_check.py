@@ -1,4 +1,4 @@
-"""Compares a port's tensors with the reference: `python tests/port_check.py YOUR.safetensors`.
+"""Compares a port's tensors with the reference: `python tests/port/port_check.py YOUR.safetensors`.
 
 Put into YOUR file whatever you have, by the names of tests/reference/README.md; a batch of one may
 stay. There is a line for each: what is wrong comes first, and of that what is computed first, with
@@ -14,13 +14,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-REFERENCE = Path(__file__).parent / "reference"
+PORT = Path(__file__).parent
+REFERENCE = PORT.parent / "reference"
 PLACES = {  # in the order of the computation: what the names begin with, and where our code does it
     r"umt5\.(ids|mask)": "model.py: tokenize",
     r"umt5\.embedded": "model.py: TextEncoder.forward",
-    r"umt5\.layer": "model.py: TextLayer.forward, position_bias",
+    r"umt5\.layer": "model.py: TextLayer.attention, position_bias",
     r"umt5\.final": "model.py: TextEncoder.forward",
-    r"vae\.video": "tests/write_steps.py: vae_steps",
+    r"vae\.video": "tests/port/write_steps.py: vae_steps",
     r"vae\.encode\.(chunk|history)": "model.py: WanVAE.encode_chunk, CausalConv3d, Downsample",
     r"vae\.decode\.(chunk|history)": "model.py: WanVAE.decode_chunk, CausalConv3d, Upsample",
     r"unipc\.levels": "freeswim.py: FlowUniPC.__init__",
@@ -37,20 +38,20 @@ PLACES = {  # in the order of the computation: what the names begin with, and wh
     r"dit\.block0\.attended": "freeswim.py: inward_mask, dense_window, attention_scale",
     r"dit\.block0\.self_attention": "model.py: Block.self_attention",
     r"dit\.block0\.cross_attention": (
-        "model.py: Block.cross_attention; freeswim.py: predict, of the full path"
+        "model.py: Block.cross_attention; freeswim.py: predict_dual, of the full path"
     ),
-    r"dit\.block\d+\.full_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
-    r"dit\.block\d+\.window_tokens": "freeswim.py: predict; model.py: Block.feed_forward",
+    r"dit\.block\d+\.full_tokens": "freeswim.py: predict_dual; model.py: Block.feed_forward",
+    r"dit\.block\d+\.window_tokens": "freeswim.py: predict_dual; model.py: Block.feed_forward",
     r"dit\.velocity": "model.py: WanTransformer.unembed",
     r"mask": "freeswim.py: inward_mask",
     r"dual_full": "model.py: WanTransformer.forward",
-    r"(dual|guide)_window": "freeswim.py: predict with attend_full",
-    r"(reuse|window_only)_": "freeswim.py: predict without attend_full",
-    r"unipc\.latents": "freeswim.py: FlowUniPC.step, advance",
+    r"(dual|guide)_window": "freeswim.py: predict_dual",
+    r"(reuse|window_only)_": "freeswim.py: predict_cached; model.py: WanTransformer.forward",
+    r"unipc\.latents": "freeswim.py: FlowUniPC.step, predictor, corrector",
     r"encoded": "model.py: WanVAE.encode, tiles; freeswim.py: upsample",
     r"init_latents": "freeswim.py: FlowUniPC.add_noise",
     r"refine\.step": "freeswim.py: refine",
-    r"refine\.cache": "freeswim.py: refine, predict with features",
+    r"refine\.cache": "freeswim.py: refine, predict_cached",
     r"decoded": "model.py: WanVAE.decode, tiles",
 }
 
@@ -58,7 +59,7 @@ PLACES = {  # in the order of the computation: what the names begin with, and wh
 def reference():
     """All that a port can compare with, {name: array}, in the order of the computation."""
     odd = load_file(REFERENCE / "odd" / "expected.safetensors")
-    found = load_file(REFERENCE / "steps.safetensors") | {"refine.cache3": odd["cache3.latents"]}
+    found = load_file(PORT / "steps.safetensors") | {"refine.cache3": odd["cache3.latents"]}
     found |= {f"refine.step{index}": latents for index, latents in enumerate(odd["nocache.trace"])}
     found |= {
         name: x for name, x in odd.items() if any(re.match(pattern, name) for pattern in PLACES)

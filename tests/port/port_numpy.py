@@ -2,9 +2,9 @@
 the flow solver.
 
 A port to start from, and an oracle: it shares no code with the rest, and is plain instead of fast,
-for one clip at a time. `python tests/port_numpy.py OUT.safetensors` writes what it computes for the
-reference set `odd`, step by step; `python tests/port_check.py OUT.safetensors` compares it. Tokens
-are (N, D) in (h, w, t) order, time innermost.
+for one clip at a time. `python tests/port/port_numpy.py OUT.safetensors` writes what it computes
+for the reference set `odd`, step by step; `python tests/port/port_check.py OUT.safetensors`
+compares it. Tokens are (N, D) in (h, w, t) order, time innermost.
 """
 
 import json
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-REFERENCE = Path(__file__).parent / "reference"
+PORT = Path(__file__).parent
+REFERENCE = PORT.parent / "reference"
 
 
 def forget(name, value):
@@ -270,7 +271,8 @@ def load(case="odd"):
     """Weights, config, meta and tensors, without their batch dimension, of a reference set."""
     folder = REFERENCE / case
     config, meta = (
-        json.loads((folder / file).read_text()) for file in ("transformer/config.json", "meta.json")
+        json.loads((folder / file).read_text(encoding="utf-8"))
+        for file in ("transformer/config.json", "meta.json")
     )
     weights = load_file(next((folder / "transformer").glob("*.safetensors")))
     given = {
@@ -281,7 +283,7 @@ def load(case="odd"):
 
 
 def steps():
-    """What tests/reference/steps.safetensors holds, as far as this port goes."""
+    """What tests/port/steps.safetensors holds, as far as this port goes."""
     (weights, config, meta, given), noted = load(), {}
     scale, mask = attention_scale(meta, config), window_mask(meta["grid"], meta["native"])
     predict(

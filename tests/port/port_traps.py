@@ -1,7 +1,7 @@
-"""What each trap of a port costs: `python tests/port_traps.py` walks into one after the other, in a
-copy of tests/port_numpy.py, and prints how far the refined latents of the reference set `odd` are
-off without cache, and where tests/port_check.py sees it first. Those of the VAE, which the port has
-not, are walked into in a copy of model.py.
+"""What each trap of a port costs: `python tests/port/port_traps.py` walks into one after the other,
+in a copy of tests/port/port_numpy.py, and prints how far the refined latents of the reference set
+`odd` are off without cache, and where tests/port/port_check.py sees it first. Those of the VAE,
+which the port has not, are walked into in a copy of model.py.
 """
 
 import sys
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+TESTS = HERE.parent
+sys.path[:0] = [str(HERE), str(TESTS), str(TESTS.parent)]
 import port_check
 import port_numpy
 from port_check import off
@@ -109,7 +110,7 @@ TRAPS = {
 
 def altered(file, *changes):
     """The module in a file, with parts of its text replaced."""
-    text = Path(file).read_text()
+    text = Path(file).read_text(encoding="utf-8")
     for old, new in changes:
         assert text.count(old) == 1, f"{file} has {text.count(old)} of {old}"
         text = text.replace(old, new)
@@ -134,13 +135,13 @@ def vae_traps():
     """What each trap makes of a clip, and what it should be."""
     case = load("wide")
     wrong = altered(
-        HERE.parent / "model.py",
+        TESTS.parent / "model.py",
         (
-            "torch.zeros_like(first).expand(-1, -1, 2, -1, -1)\n            if",
-            "first.expand(-1, -1, 2, -1, -1)\n            if",
+            "torch.zeros_like(first).expand(-1, -1, 2, -1, -1)",
+            "first.expand(-1, -1, 2, -1, -1)",
         ),
     )
-    vae = wrong.WanVAE.from_pretrained(HERE / "reference" / "wide" / "vae")
+    vae = wrong.WanVAE.from_pretrained(TESTS / "reference" / "wide" / "vae")
     latents, clip = case.expected["nocache.latents"], as_clip(case.expected["video"])
     yield (
         "temporal upsampling that remembers frame 0, not zeros",

@@ -1,10 +1,10 @@
-"""Writes tests/reference/steps.safetensors: our code taken apart, value by value, for ports to
+"""Writes tests/port/steps.safetensors: our code taken apart, value by value, for ports to
 compare with.
 
-    python tests/write_steps.py OUT.safetensors
+    python tests/port/write_steps.py OUT.safetensors
 
 What the values are, tests/reference/README.md tells. Other tests show that this code agrees with
-the references, and tests/test_port.py that the file is what this script writes.
+the references, and tests/port/test_port.py that the file is what this script writes.
 """
 
 import sys
@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from references import REFERENCE, as_clip, load
 
-from freeswim import FlowUniPC, predict
-from model import TextEncoder, checkpoint_name
+from freeswim import FlowUniPC, predict_dual
+from model import TextEncoder, WanVAE, checkpoint_name
 
 
 def transformer_steps(case):
-    """`freeswim.predict` on the set's `latents`, both paths, part by part."""
+    """`freeswim.predict_dual` on the set's `latents`, both paths, part by part."""
     found, net, given = {}, case.transformer, case.expected
     latents, timestep = given["latents"], given["timestep"]
     tokens, time, modulation, text, rotary = net.embed(latents, timestep, given["text"])
@@ -69,9 +70,8 @@ def transformer_steps(case):
         hook.remove()
     frames, height, width = case.meta["grid"]
     found["velocity"] = net.unembed(window, time, (frames, height, width))
-    assert torch.equal(
-        found["velocity"], predict(net, latents, timestep, given["text"], case.window, case.full)
-    )
+    expected = predict_dual(net, latents, timestep, given["text"], case.window, case.full)
+    assert torch.equal(found["velocity"], expected)
     return {f"dit.{name}": value[0] if len(value) == 1 else value for name, value in found.items()}
 
 
@@ -91,7 +91,7 @@ def vae_steps(case):
     """A corner of the set's video through the VAE, a chunk at a time, with what every layer
     remembers after it."""
     vae = case.vae
-    layers = {layer: checkpoint_name(name) for name, layer in vae.named_modules()}
+    layers = {layer: checkpoint_name(WanVAE, name) for name, layer in vae.named_modules()}
     video = as_clip(case.expected["video"])[..., :16, :24]
     found, history, means = {"vae.video": video[0]}, {}, []
 
@@ -119,15 +119,14 @@ def text_steps():
     encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
     ids = torch.tensor([[7, 31, 2, 19, 38, 11, 1] + 5 * [0]])
     mask = (ids > 0).long()
-    found = {
-        "umt5.ids": ids[0],
-        "umt5.mask": mask[0],
-        "umt5.embedded": (x := encoder.run("shared", ids))[0],
-    }
-    for index in range(len(encoder.layers)):
-        found[f"umt5.layer{index}"] = (x := encoder.run(f"layers.{index}", x, mask))[0]
-    found["umt5.final"] = encoder.run("final_norm", x)[0]
-    assert torch.equal(found["umt5.final"], encoder(ids, mask)[0])
+    found = {"umt5.ids": ids[0], "umt5.mask": mask[0]}
+    names = {"shared": "umt5.embedded", "final_norm": "umt5.final"}
+    names |= {f"layers.{index}": f"umt5.layer{index}" for index in range(len(encoder.layers))}
+    for part, name in names.items():
+        encoder.get_submodule(part).register_forward_hook(
+            lambda module, inputs, output, name=name: found.update({name: output[0]})
+        )
+    encoder(ids, mask)
     return found
 
 
