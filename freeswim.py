@@ -323,7 +323,7 @@ def check_state(state, latents, solver, cache_interval):
             f"the state has latents of shape {tuple(state['latents'].shape)}, "
             f"but the clip has {tuple(latents.shape)}"
         )
-    sigmas = state["sigmas"].to(solver.sigmas.device)
+    sigmas = state.get("sigmas", solver.sigmas).to(solver.sigmas.device)
     if not torch.equal(sigmas, solver.sigmas):
         raise ValueError("the state is of other steps, another strength or another flow_shift")
     step = int(state["step"])
