@@ -1,7 +1,8 @@
 """Faster on a GPU, with the same results: compiled blocks, and a tuned window attention.
 
-This module is imported on a GPU only, because importing PyTorch's compiler takes seconds. What works
-on the machine is tried at the start of a run, on small inputs. The method's loop does not change.
+This module is imported on a GPU only, because importing PyTorch's compiler takes seconds. What
+works on the machine is tried at the start of a run, on small inputs. The method's loop does not
+change.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ from freeswim import (
     window_start,
 )
 from model import Block, WanTransformer, full_attention, rotary_table
-from support.parallel import say
+from support.parallel import SharedBlock, SharedTransformer, say
 
 # --------------------------------------------------------------------------------------------------
 # Compiled blocks
@@ -40,8 +41,23 @@ class CompiledTransformer(WanTransformer):
     block = CompiledBlock
 
 
-def transformer_for(device):
-    """The fastest class of transformer that works on a GPU: compiled, if the compiler works."""
+class CompiledSharedBlock(SharedBlock, CompiledBlock):
+    """Compiled, but for the exchanges between processes."""
+
+
+class CompiledSharedTransformer(SharedTransformer):
+    block = CompiledSharedBlock
+
+
+COMPILED = {
+    WanTransformer: CompiledTransformer,
+    SharedTransformer: CompiledSharedTransformer,
+}
+
+
+def transformer_for(device, transformer_class=WanTransformer):
+    """The compiled class in the place of a transformer's class, if the compiler works here; else
+    the class itself."""
     try:
         with device, torch.no_grad():
             block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6)
@@ -51,17 +67,18 @@ def transformer_for(device):
             block.self_attention(tokens, modulation, rotary, full_attention)
     except Exception as error:  # a compiler can fail in many ways
         say(f"transformer blocks run uncompiled, and slower: {summary(error)}")
-        return WanTransformer
-    return CompiledTransformer
+        return transformer_class
+    return COMPILED[transformer_class]
 
 
 # --------------------------------------------------------------------------------------------------
 # The window attention, tuned: a tenth faster than `freeswim.flex_window` by Triton, a quarter by
 # flash-attn-4
 #
-# A position is one number, row * ROW + column, so that a kernel compares both at once. The offset of
-# a key from the first position of a query's window is then one subtraction. If the key lies before
-# the window, the subtraction borrows: in its column, from bit 13, and in its row, from bit 30.
+# A position is one number, row * ROW + column, so that a kernel compares both at once. The offset
+# of a key from the first position of a query's window is then one subtraction. If the key lies
+# before the window, the subtraction borrows: in its column, from bit 13, and in its row, from bit
+# 30.
 
 ROW = 2**14
 BORROWS = 2**30 + 2**13

@@ -1,157 +1,499 @@
 """Clips and pictures: read, cropped, written, compared.
 
-A clip that was read is uint8 (F, 3, H, W); a video is (1, 3, F, H, W) in [-1, 1], as model.WanVAE
-has it. It becomes bytes frame by frame, on the CPU, so that no second copy of it is ever held.
+A clip that was read is uint8 (F, 3, H, W). A video is (1, 3, F, H, W) in [-1, 1], as in
+model.WanVAE. It becomes bytes frame by frame, on the CPU, so no second copy of it is ever held.
 """
 
-from itertools import islice
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from support import UserError
+
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 
-def read_clip(file, count):
-    """The first `count` frames of a video or picture, its frames per second (None for a picture),
-    and how many frames it has in all. Transparent parts are shown on black, odd sides lose a line.
-    Raises ValueError for anything else."""
-    file = Path(file).absolute()
+@dataclass(frozen=True)
+class Clip:
+    frames: torch.Tensor  # uint8 (F, 3, H, W): square pixels, upright, sRGB or BT.709, even sides
+    fps: Fraction | None  # frames per second, the clip's average; None for a picture
+    times: tuple[Fraction, ...]  # when each frame is shown in the file, seconds
+    end: Fraction  # when the last one ends
+    has_sound: bool
+    notes: tuple[str, ...]  # what the user should know
+
+
+def read_clip(file, most, start=0):
+    """The first `most` frames from `start` seconds on of a video, or a picture. Frames are all
+    stored ones, each once, in order. Raises UserError for anything else."""
+    file = Path(file)
     if not file.is_file():
-        what = (
-            "a folder" if file.is_dir() else "no file" if not file.exists() else "no ordinary file"
-        )
-        raise ValueError(f"--base-video {file}: is {what}; give a video or a picture")
+        kind = "no file"
+        if file.is_dir():
+            kind = "a folder"
+        elif file.exists():
+            kind = "no ordinary file"
+        raise UserError(f"--base-video {file}: is {kind}; give a video or a picture")
     try:
-        with Image.open(file) as image:
-            frames = [
-                np.asarray(
-                    Image.alpha_composite(
-                        Image.new("RGBA", image.size, "black"), frame.convert("RGBA")
-                    )
-                )
-                for frame in islice(ImageSequence.Iterator(image), count)
-            ]
-            milliseconds, total = image.info.get("duration"), getattr(image, "n_frames", 1)
-        return even(frames, count, file), milliseconds and 1000 / milliseconds, total
-    except UnidentifiedImageError:
-        pass  # a video, most likely
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
+        with open(file, "rb"):
+            pass
+    except PermissionError:
+        raise UserError(f"--base-video {file}: permission denied") from None
+    except OSError as error:
+        raise UserError(f"--base-video {file}: cannot be read ({error})") from None
     try:
-        reader = imageio_ffmpeg.read_frames(str(file))
-        (width, height), fps = (about := next(reader))["size"], about["fps"]
-        frames = [
-            np.frombuffer(frame, np.uint8).reshape(height, width, 3)
-            for frame in islice(reader, count)
-        ]
-        reader.close()
-        total, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
-    except (OSError, RuntimeError, StopIteration, KeyError) as error:
-        reason = (str(error).strip().splitlines() or ["no frame"])[-1]
-        raise ValueError(
-            f"--base-video {file}: cannot be read as a video ({reason[:200]})"
+        image = Image.open(file)
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        return read_video(file, most, start)  # or a kind of picture that only FFmpeg knows
+    with image:
+        try:
+            return read_picture(image, file, most, start)
+        except (OSError, SyntaxError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
+
+
+def read_picture(image, file, most, start):
+    """A picture, or an animation (GIF, WebP, APNG)."""
+    durations = []  # milliseconds, of all frames
+    frames = []
+    is_animation = image.format in ("GIF", "WEBP", "PNG", "AVIF")  # not pages, or a phone's depth
+    total = getattr(image, "n_frames", 1) if is_animation else 1
+    times = []
+    for index in range(total):
+        image.seek(index)
+        image.load()  # of WebP, the duration is known only then
+        duration = Fraction(image.info.get("duration") or 0)
+        if len(frames) < most and 1000 * start < sum(durations) + max(duration, 1):
+            times.append(Fraction(sum(durations)) / 1000)
+            frames.append(upright_rgb(image))
+        durations.append(duration)
+    fps = None
+    if total > 1 and sum(durations) > 0:
+        fps = 1000 * total / sum(durations)
+    check_start(frames, file, start)
+    notes = left_out(total, len(frames), start)
+    end = times[0] + (len(frames) / fps if fps else 0)
+    return Clip(to_clip(frames), fps, tuple(times), end, has_sound=False, notes=notes)
+
+
+def upright_rgb(image):
+    """A picture as a viewer shows it: uint8 (H, W, 3), turned as its EXIF data says, transparent
+    parts on black."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return grey_of_16_bits(np.asarray(image))
+    if image.mode not in ("RGB", "RGBA"):
+        transparent = image.mode in ("LA", "PA", "La") or "transparency" in image.info
+        image = image.convert("RGBA" if transparent else "RGB")
+    if image.mode == "RGBA":
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image).convert("RGB")
+    return np.asarray(image)
+
+
+def grey_of_16_bits(pixels):
+    """16-bit grey, which Pillow would clip to white, as uint8 (H, W, 3)."""
+    pixels = pixels.astype(np.float64)
+    grey = (pixels / 257).round().clip(0, 255).astype(np.uint8)
+    return np.stack([grey, grey, grey], axis=-1)
+
+
+def read_video(file, most, start):
+    try:
+        with av.open(str(file)) as container:
+            if not container.streams.video:
+                raise UserError(f"--base-video {file}: has no video; give a video or a picture")
+            return decode_video(container, file, most, start)
+    except av.error.FFmpegError as error:
+        raise UserError(
+            f"--base-video {file}: cannot be read as a video ({error.strerror})"
         ) from None
-    return even(frames, count, file), fps, max(total, len(frames))
 
 
-def even(frames, count, file):
-    """A clip of `count` frames (H, W, 3 or 4) with even sides, as H.264 wants them."""
-    if len(frames) < count:
-        fit = max(len(frames) - 1, 0) // 4 * 4 + 1
-        raise ValueError(f"--base-video {file}: has {len(frames)} frames; use --frames {fit}")
-    clip = torch.from_numpy(np.stack(frames)[..., :3]).movedim(-1, 1)
-    return clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
+def decode_video(container, file, most, start):
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    origin = stream.start_time or 0  # in the stream's time base; a stream may start late
+    time_base = stream.time_base
+    if start > 0:
+        container.seek(origin + int(start / time_base), stream=stream)
+    first = None
+    times = []
+    frames = []
+    following = None
+    for frame in container.decode(stream):
+        time = Fraction(frame.pts or 0) * time_base
+        if time - origin * time_base < start:
+            continue
+        if len(frames) == most:
+            following = time
+            break
+        if first is None:
+            first = frame
+        times.append(time)
+        frames.append(rgb_of(frame, stream))
+    check_start(frames, file, start)
+
+    is_picture = container.format.name == "image2" or container.format.name.endswith("_pipe")
+    fps = None if is_picture else average_rate(stream, times, following)
+    end = following
+    if end is None:
+        end = times[-1] + (1 / fps if fps else 0)
+    notes = []
+    if following is not None or start > 0:
+        notes.extend(left_out(stream.frames, len(frames), start))
+    if is_hdr(first):
+        notes.append("the clip is HDR: its colours are mapped to BT.709, and may look different")
+    sound = len(container.streams.audio) > 0
+    return Clip(to_clip(frames), fps, tuple(times), end, has_sound=sound, notes=tuple(notes))
+
+
+def shortened(clip, count):
+    """The first `count` frames of a clip."""
+    end = clip.end if count == len(clip.frames) else clip.times[count]
+    return replace(clip, frames=clip.frames[:count], times=clip.times[:count], end=end)
+
+
+def check_start(frames, file, start):
+    if not frames:
+        if start > 0:
+            raise UserError(f"--start {start}: {file} is shorter than that")
+        raise UserError(f"--base-video {file}: cannot be read as a video (it has no frames)")
+
+
+def left_out(total, used, start):
+    """A note on the frames that are not used. `total` is 0 if it is not known."""
+    if start > 0:
+        return (f"{used} frames of the clip are used, from {start} seconds on",)
+    if total > used:
+        return (f"of the clip's {total} frames, the last {total - used} are left out",)
+    if total == 0:
+        return (f"the first {used} frames of the clip are used",)
+    return ()
+
+
+def to_clip(frames):
+    """Frames uint8 (H, W, 3) as one tensor with even sides, as H.264 wants them."""
+    height, width, _ = frames[0].shape
+    clip = torch.empty(len(frames), 3, height // 2 * 2, width // 2 * 2, dtype=torch.uint8)
+    for index, frame in enumerate(frames):
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        clip[index] = pixels[:, : clip.shape[2], : clip.shape[3]]
+    return clip
+
+
+# Rates that videos are made at. A container's own rate may be off by the rounding of its clock.
+COMMON_RATES = [Fraction(rate) for rate in (*range(1, 61), 72, 90, 100, 120, 144, 240)]
+COMMON_RATES += [Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120, 240)]
+
+
+def average_rate(stream, times, following):
+    """A video's average frames per second, as a fraction.
+
+    It is the container's, unless that is only a guess (it knows no number of frames) and the times
+    of the frames say otherwise: they do where the frame rate varies.
+    """
+    rate = stream.average_rate or stream.guessed_rate
+    end = times[-1] if following is None else following
+    steps = len(times) - 1 if following is None else len(times)
+    seconds = end - times[0]
+    if steps > 0 and seconds > 0:
+        off = abs(steps / rate - seconds) if rate else seconds
+        counted = rate and stream.frames > 0
+        if not counted and off > 2 * max(stream.time_base, Fraction(1, 1000)):
+            rate = steps / seconds
+    if not rate:
+        return None
+    for common in COMMON_RATES:
+        if abs(rate / common - 1) < Fraction(1, 20000):
+            return common
+    return Fraction(rate).limit_denominator(10**5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Colours. Numbers are those of ITU-T H.273, as FFmpeg has them
+
+BT601, BT709, BT2020 = 6, 1, 9  # matrices
+MATRICES = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
+PQ, HLG = 16, 18  # transfer functions
+EXACT = (
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+)
+
+
+def is_hdr(frame):
+    return frame.color_trc in (PQ, HLG)
+
+
+def rgb_of(frame, stream):
+    """A decoded frame as uint8 (H, W, 3): BT.709, square pixels, upright."""
+    matrix = MATRICES.get(frame.colorspace)
+    if matrix is None:  # not tagged: as players do, by the height
+        matrix = Colorspace.ITU601 if frame.height <= 576 else Colorspace.ITU709
+    full_range = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    options = {}
+    if frame.format.is_rgb or frame.format.name.startswith(("gray", "pal", "mono", "ya")):
+        full_range = True
+    else:
+        options["src_colorspace"] = matrix
+    if is_hdr(frame) or frame.color_primaries == ColorPrimaries.BT2020:
+        options["dst_color_trc"] = ColorTrc.BT709
+        options["dst_color_primaries"] = ColorPrimaries.BT709
+    height, width = square_pixels(frame, stream)
+    rgb = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation=EXACT,
+        src_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        **options,
+    )
+    quarter_turns = round(frame.rotation / 90)  # counterclockwise
+    return np.rot90(rgb.to_ndarray(), quarter_turns)
+
+
+def square_pixels(frame, stream):
+    """The size at which a frame's pixels are square: one side grows, none shrinks."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    height, width = frame.height, frame.width
+    if not aspect or aspect == 1:
+        return height, width
+    if aspect > 1:
+        return height, round(width * aspect)
+    return round(height / aspect), width
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes
 
 
 def cropped(shape, target):
     """The largest (height, width) within `shape` that has the proportions of `target`."""
-    (rows, columns), (height, width) = shape, target
+    rows, columns = shape
+    height, width = target
     return min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
 
 
-def middle(pixels, height, width):
-    """The middle of pixels (..., H, W), `height` x `width`."""
-    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+def center_crop(pixels, height, width):
+    """The middle of pixels (..., H, W)."""
+    top = (pixels.shape[-2] - height) // 2
+    left = (pixels.shape[-1] - width) // 2
     return pixels[..., top : top + height, left : left + width]
 
 
 def pad(video, height, width):
-    """A video with its outermost pixels repeated on all sides, evenly, until it is `height` x
-    `width`."""
-    rows, columns = height - video.shape[-2], width - video.shape[-1]
-    return F.pad(
-        video,
-        (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2, 0, 0),
-        mode="replicate",
-    )
+    """A video with its outermost pixels repeated on all sides, evenly, to `height` x `width`."""
+    rows = height - video.shape[-2]
+    columns = width - video.shape[-1]
+    sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2, 0, 0)
+    return F.pad(video, sides, mode="replicate")
 
 
 def to_video(clip):
+    """A clip, uint8 (F, 3, H, W), as a video."""
     return clip.transpose(0, 1)[None].float() / 127.5 - 1
 
 
 def to_frame(video, index):
     """Frame `index` of a video, uint8 (H, W, 3)."""
-    return (
-        ((video[0, :, index].float().cpu() + 1) * 127.5)
-        .round()
-        .clamp(0, 255)
-        .byte()
-        .permute(1, 2, 0)
-        .numpy()
-    )
+    pixels = (video[0, :, index].float().cpu() + 1) * 127.5
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def write_video(file, video, fps):
-    """H.264, or for a single frame PNG. Raises OSError if not all of it could be written."""
-    if Path(file).suffix == ".png":
-        return Image.fromarray(to_frame(video, 0)).save(file)
-    with imageio.get_writer(
-        file,
-        format="FFMPEG",
-        fps=fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        quality=9,
-        macro_block_size=1,
-    ) as writer:
-        for index in range(video.shape[2]):
-            writer.append_data(to_frame(video, index))
-    try:  # the encoder ends without a word when its disk is full
-        count, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
-    except RuntimeError:
-        count = 0
-    if count != video.shape[2]:
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_picture(file, video):
+    """The first frame of a video as a PNG."""
+    Image.fromarray(to_frame(video, 0)).save(file)
+
+
+def write_video(file, video, fps, sound=None):
+    """H.264 in MP4, BT.709 in limited range, tagged as such, with a `Sound` if one is given. Raises
+    OSError if not all of it could be written."""
+    frames, height, width = video.shape[2:]
+    try:
+        with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = add_video_stream(container, height, width, Fraction(fps))
+            if sound is not None:
+                sound_stream = add_sound_stream(container, sound)
+            for index in range(frames):
+                container.mux(stream.encode(yuv_of(to_frame(video, index), index)))
+            container.mux(stream.encode(None))
+            if sound is not None:
+                encode_sound(container, sound_stream, sound)
+    except av.error.FFmpegError as error:
+        raise OSError(
+            f"the encoder wrote half of it ({error.strerror}); is the disk full?"
+        ) from None
+    if count_frames(file) != frames:  # a full disk may show only here
         raise OSError("the encoder wrote half of it; is the disk full?")
+
+
+def add_video_stream(container, height, width, fps):
+    stream = container.add_stream("libx264", rate=fps, options={"crf": "8"})
+    stream.height = height
+    stream.width = width
+    stream.pix_fmt = "yuv420p"
+    codec = stream.codec_context
+    codec.colorspace = BT709
+    codec.color_primaries = ColorPrimaries.BT709
+    codec.color_trc = ColorTrc.BT709
+    codec.color_range = ColorRange.MPEG
+    return stream
+
+
+def yuv_of(pixels, index):
+    """A frame uint8 (H, W, 3) as the encoder wants it; `index` is its time in frames."""
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    frame = frame.reformat(
+        format="yuv420p",
+        interpolation=EXACT,
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+    )
+    frame.pts = index
+    return frame
+
+
+def count_frames(file):
+    """How many frames a file that was just written holds, as far as it can be read."""
+    try:
+        with av.open(str(file)) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+    except av.error.FFmpegError:
+        return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Sound
+
+SOUND_RATE = 48000  # samples per second, which every player knows
+LAYOUTS = ("mono", "stereo", "5.1", "5.1(side)", "7.1")
+
+
+@dataclass(frozen=True)
+class Sound:
+    samples: np.ndarray  # float32 (channels, samples)
+    layout: str  # "stereo", ...
+
+
+def read_sound(file, begin, end):
+    """The sound of a video from `begin` to `end`, in seconds. Raises OSError if that fails."""
+    count = round((end - begin) * SOUND_RATE)
+    try:
+        with av.open(str(file)) as container:
+            stream = container.streams.audio[0]
+            layout = stream.layout.name if stream.layout.name in LAYOUTS else "stereo"
+            if begin > 1:
+                container.seek(int((begin - 1) / stream.time_base), stream=stream)
+            resampler = av.AudioResampler("fltp", layout, SOUND_RATE)
+            samples = None
+            for part in resampled(container, stream, resampler):
+                chunk = part.to_ndarray()
+                if samples is None:
+                    samples = np.zeros((chunk.shape[0], count), np.float32)
+                first = round((part.pts * part.time_base - begin) * SOUND_RATE)
+                place(samples, chunk, first)
+                if first > count:
+                    break
+    except (av.error.FFmpegError, ValueError) as error:
+        raise OSError(str(error)) from None
+    if samples is None:
+        raise OSError("no sound could be read")
+    return Sound(samples, layout)
+
+
+def resampled(container, stream, resampler):
+    for frame in container.decode(stream):
+        yield from resampler.resample(frame)
+    yield from resampler.resample(None)
+
+
+def place(samples, chunk, first):
+    """Copy a chunk into `samples`, (channels, samples), from sample `first` on, where it fits."""
+    begin = max(first, 0)
+    end = min(first + chunk.shape[1], samples.shape[1])
+    if begin < end:
+        samples[:, begin:end] = chunk[:, begin - first : end - first]
+
+
+def add_sound_stream(container, sound):
+    stream = container.add_stream("aac", rate=SOUND_RATE, options={"b": "192k"})
+    stream.layout = sound.layout
+    return stream
+
+
+def encode_sound(container, stream, sound):
+    frame = av.AudioFrame.from_ndarray(sound.samples, "fltp", sound.layout)
+    frame.rate = SOUND_RATE
+    frame.pts = 0
+    frame.time_base = Fraction(1, SOUND_RATE)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def sample_frames(video):
     """The first, the middle and the last frame."""
-    return [to_frame(video, index) for index in (0, video.shape[2] // 2, -1)]
+    last = video.shape[2] - 1
+    return [to_frame(video, index) for index in (0, video.shape[2] // 2, last)]
 
 
-def comparison(clips):
-    """One picture of {label: frames (H, W, 3)}: a strip each, of the frames and an enlarged part of
-    the middle one. The part is where the last clip's middle frame has the strongest edges, a third
-    of the frame high and wide."""
-    frames = list(clips.values())[-1]
+def comparison(strips, detail_from):
+    """One picture of {label: frames (H, W, 3)}: for each a strip of its frames and an enlarged
+    detail of the middle one. The detail is a third of the frame high and wide, where the middle
+    frame of the strip `detail_from` has the strongest edges."""
+    frames = strips[detail_from]
     height, width, _ = frames[0].shape
-    luma = torch.from_numpy(frames[len(frames) // 2]).float().mean(-1)
-    edges = (luma[1:, 1:] - luma[:-1, 1:]).abs() + (luma[1:, 1:] - luma[1:, :-1]).abs()
-    energy = F.avg_pool2d(edges[None, None], (height // 3, width // 3), stride=8)[0, 0]
-    y, x = (8 * int(i) for i in divmod(int(energy.argmax()), energy.shape[1]))
-    strips = []
-    for label, frames in clips.items():
-        part = frames[len(frames) // 2][y : y + height // 3, x : x + width // 3]
-        part = Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST)
-        strip = Image.fromarray(np.concatenate([*frames, np.asarray(part)], axis=1))
+    top, left = sharpest_part(frames[len(frames) // 2])
+    pictures = []
+    for label, frames in strips.items():
+        middle = frames[len(frames) // 2]
+        detail = middle[top : top + height // 3, left : left + width // 3]
+        detail = Image.fromarray(detail).resize((width, height), Image.Resampling.NEAREST)
+        strip = Image.fromarray(np.concatenate([*frames, np.asarray(detail)], axis=1))
         font = ImageFont.load_default(max(height // 16, 8))
-        ImageDraw.Draw(strip).text(
-            (8, 4), label, "white", font, stroke_width=2, stroke_fill="black"
-        )
-        strips.append(np.asarray(strip))
-    return Image.fromarray(np.concatenate(strips))
+        draw = ImageDraw.Draw(strip)
+        draw.text((8, 4), label, "white", font, stroke_width=2, stroke_fill="black")
+        pictures.append(np.asarray(strip))
+    return Image.fromarray(np.concatenate(pictures))
+
+
+def sharpest_part(frame):
+    """(top, left) of the third of a frame, high and wide, that has the strongest edges."""
+    height, width, _ = frame.shape
+    luma = torch.from_numpy(frame).float().mean(-1)
+    vertical = (luma[1:, 1:] - luma[:-1, 1:]).abs()
+    horizontal = (luma[1:, 1:] - luma[1:, :-1]).abs()
+    edges = vertical + horizontal
+    energy = F.avg_pool2d(edges[None, None], (height // 3, width // 3), stride=8)[0, 0]
+    row, column = divmod(int(energy.argmax()), energy.shape[1])
+    return 8 * row, 8 * column

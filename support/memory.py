@@ -1,14 +1,16 @@
-"""More than a GPU holds: kept features and weights in CPU memory, copied beside the computation.
+"""More than a GPU holds: the cross-attention cache and weights in CPU memory, copied while the GPU
+computes.
 
-Copies run in a stream of their own, from memory that is pinned, so that they need not wait for the
-computation, nor it for them. On a CPU, streams do nothing, and the same code copies at once.
+Copies run in a stream of their own, from pinned memory, so they and the computation need not wait
+for each other. On a CPU, streams do nothing, and the same code copies at once.
 """
 
 import copy
-import os
+from dataclasses import dataclass
 
 import torch
 
+from support.command_line import world_size
 from support.parallel import say
 
 
@@ -17,66 +19,79 @@ def pin(tensor):
 
 
 class Copies:
-    """Copies in a stream beside the computation's: `start` has them begin once all that is queued
-    there is done, `wait` has what is queued there from now on wait for them."""
+    """Copies in a stream beside the computation's. `start` has them begin once all that is queued
+    there is done; `wait` has what is queued there from now on wait for them."""
 
     def __init__(self, device):
-        self.streams = torch.get_device_module(device)
-        self.stream = (
-            self.streams.Stream(device) if device.type == "cuda" else self.streams.Stream()
-        )
+        self.device = torch.device(device)
+        self.streams = torch.get_device_module(self.device)
+        if self.device.type == "cuda":
+            self.stream = self.streams.Stream(self.device)
+        else:
+            self.stream = self.streams.Stream()
+
+    def computation(self):
+        """The stream of the computation, on this device, which need not be the current one."""
+        if self.device.type == "cuda":
+            return self.streams.current_stream(self.device)
+        return self.streams.current_stream()
 
     def start(self, targets, sources):
-        self.stream.wait_stream(self.streams.current_stream())
+        self.stream.wait_stream(self.computation())
         with self.streams.stream(self.stream):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
 
     def wait(self):
-        self.streams.current_stream().wait_stream(self.stream)
+        self.computation().wait_stream(self.stream)
 
 
 class CacheOnCPU:
-    """The cross-attention cache of `freeswim.refine`, {block: (B, N, D)}: those of a block leave while
-    it goes on, and come back while the block before it runs."""
+    """A cross-attention cache of `freeswim.refine`, {block: (B, N, D)}, in CPU memory. Outputs of a
+    block leave while it goes on, and come back while the block before it runs."""
 
     def __init__(self, device):
-        self.device, self.kept = torch.device(device), {}
+        self.device = torch.device(device)
+        self.kept = {}
         self.copies = Copies(self.device)
-        self.moving = None  # what is on its way, and has to live until then: index and tensor
+        # What is on its way. A tensor has to live until it has arrived.
+        self.moving_index = None
+        self.moving = None
 
     def __len__(self):
         return len(self.kept)
 
-    def __setitem__(self, index, features):
-        # those of the block before have left: only now may their memory be used again
-        self.copies.wait()
-        if index not in self.kept or self.kept[index].shape != features.shape:
-            self.kept[index] = pin(torch.empty_like(features, device="cpu"))
-        self.copies.start([self.kept[index]], [features])
-        self.moving = None, features
+    def __setitem__(self, index, outputs):
+        self.copies.wait()  # those before have left: only now may their memory be used again
+        if index not in self.kept or self.kept[index].shape != outputs.shape:
+            self.kept[index] = pin(torch.empty_like(outputs, device="cpu"))
+        self.copies.start([self.kept[index]], [outputs])
+        self.moving_index = None
+        self.moving = outputs
 
     def __getitem__(self, index):
-        if self.moving is None or self.moving[0] != index:
+        if self.moving_index != index:
             self.fetch(index)
         self.copies.wait()
-        features = self.moving[1]
+        outputs = self.moving
         if index + 1 in self.kept:
             self.fetch(index + 1)
-        return features
+        return outputs
 
     def fetch(self, index):
-        features = torch.empty_like(self.kept[index], device=self.device)
-        self.copies.start([features], [self.kept[index]])
-        self.moving = index, features
+        outputs = torch.empty_like(self.kept[index], device=self.device)
+        self.copies.start([outputs], [self.kept[index]])
+        self.moving_index = index
+        self.moving = outputs
 
 
 class StreamedBlocks:
-    """A transformer's blocks with their weights in CPU memory. Two are on the GPU: that which runs,
-    and the next."""
+    """A transformer's blocks with their weights in CPU memory. Two are on the GPU: the one that
+    runs, and the next."""
 
     def __init__(self, blocks, device):
-        self.blocks, self.slots = blocks, [copy.deepcopy(blocks[0]).to(device) for _ in range(2)]
+        self.blocks = blocks
+        self.slots = [copy.deepcopy(blocks[0]).to(device), copy.deepcopy(blocks[0]).to(device)]
         for parameter in blocks.parameters():
             parameter.data = pin(parameter.data)
         self.copies = Copies(device)
@@ -89,51 +104,74 @@ class StreamedBlocks:
         for index in range(len(self)):
             self.copies.wait()
             if index + 1 < len(self):
-                self.send(
-                    index + 1
-                )  # into the slot of the block before, all of whose work is queued
+                self.send(index + 1)  # to the slot of the block before, whose work is all queued
             yield self.slots[index % 2]
 
     def send(self, index):
-        self.copies.start(self.slots[index % 2].parameters(), self.blocks[index].parameters())
+        slot = self.slots[index % 2]
+        self.copies.start(slot.parameters(), self.blocks[index].parameters())
 
 
 def stream_blocks(transformer, device):
     """Leave the weights of a transformer's blocks in CPU memory, where it was loaded, and have them
-    streamed."""
+    streamed to `device`."""
     blocks = transformer.blocks
     del transformer.blocks
     transformer.to(device).blocks = StreamedBlocks(blocks, device)
-    return transformer
 
 
-def plan_memory(args, transformer, dtype, device):
-    """Settle where features are kept, `args.features`, "gpu" or "cpu", and whether the blocks'
-    weights are streamed, `args.offload`, if the user has not, by what is free on the GPU. Says so
-    in a line."""
+@dataclass(frozen=True)
+class Placement:
+    """Where a run keeps what is large."""
+
+    cache_on_cpu: bool
+    stream_weights: bool
+
+
+def plan_memory(plan, transformer, device):
+    """The Placement of a run: what the user has said, else what fits into the GPU's free memory. A
+    line says so."""
     if device.type == "cpu":
-        args.features, args.offload = "gpu", False  # that is: left where the computation is
-        return
+        return Placement(cache_on_cpu=False, stream_weights=False)
     free, _ = torch.cuda.mem_get_info(device)
-    (height, width), ranks = args.computed, int(os.environ.get("WORLD_SIZE", 1))
-    channels = (
-        (args.frames // 4 + 1)
-        * (height // 16)
-        * (width // 16)
-        * transformer.heads
-        * transformer.head_dim
-    )
-    tokens = channels * dtype.itemsize / ranks  # bytes
-    weights = sum(parameter.numel() for parameter in transformer.parameters()) * dtype.itemsize
-    kept = tokens * len(transformer.blocks) if args.cache_interval else 0
-    working = (
-        9 * tokens + 2**31 + 2**30
-    )  # as measured; feed-forward pieces, the VAE, what lies idle between tensors
-    needed = weights + working + kept
-    args.features = args.features or ("gpu" if needed <= free else "cpu")
-    if args.offload is None:
-        args.offload = ranks == 1 and needed - kept * (args.features == "cpu") > free
+    needed = memory_needed(plan, transformer)
+    cache_on_cpu = plan.features == "cpu"
+    if plan.features is None:
+        cache_on_cpu = needed.total > free
+    on_gpu = needed.total - (needed.cache if cache_on_cpu else 0)
+    stream_weights = plan.offload
+    if stream_weights is None:
+        stream_weights = world_size() == 1 and on_gpu > free
     say(
-        f"features on the {args.features.upper()}, weights on the {'CPU' if args.offload else 'GPU'}: all on the GPU "
-        f"would take about {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
+        f"features on the {'CPU' if cache_on_cpu else 'GPU'}, "
+        f"weights on the {'CPU' if stream_weights else 'GPU'}: all on the GPU would take about "
+        f"{needed.total / 2**30:.0f} GiB of {free / 2**30:.0f}"
     )
+    return Placement(cache_on_cpu, stream_weights)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that one process needs on its GPU."""
+
+    weights: int
+    working: int  # tensors of all its tokens, chunks of the feed-forward network, the VAE
+    cache: int
+
+    @property
+    def total(self):
+        return self.weights + self.working + self.cache
+
+
+def memory_needed(plan, transformer):
+    height, width = plan.computed
+    itemsize = getattr(torch, plan.dtype).itemsize
+    dim = transformer.heads * transformer.head_dim
+    num_tokens = (plan.frames // 4 + 1) * (height // 16) * (width // 16)
+    tokens = num_tokens * dim * itemsize / world_size()  # bytes
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    cache = 0
+    if plan.cache_interval is not None:
+        cache = tokens * len(transformer.blocks)
+    working = 9 * tokens + 3 * 2**30  # as measured
+    return Needed(weights=parameters * itemsize, working=working, cache=cache)

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import sample
+from support.command_line import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "224x144", "--frames", "5", "--steps", "4", "--device", "cpu"]
@@ -35,15 +35,14 @@ def run(*arguments, **options):
 
 
 def parse(*arguments):
-    with mock.patch("sys.argv", ["sample.py", *map(str, arguments)]):
-        return sample.parse_arguments()
+    return parse_arguments(sample.__doc__, [str(argument) for argument in arguments])
 
 
 def run_here(*arguments):
     """The same in this process; errors are raised as exceptions."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        sample.main(*parse(*arguments))
+        sample.main(parse(*arguments))
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)

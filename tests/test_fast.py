@@ -222,15 +222,14 @@ def test_streamed_blocks(case):
 def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     """The 1.3B model at 1088x1920 and 81 frames: features take 14.7 GiB, weights 2.6."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
-    settings = (
-        dict(features=None, offload=None, cache_interval=5, frames=81, computed=(1088, 1920))
-        | typed
-    )
-    args = SimpleNamespace(**settings)
+    settings = dict(features=None, offload=None, cache_interval=5, frames=81)
+    settings |= dict(computed=(1088, 1920), dtype="bfloat16")
+    plan = SimpleNamespace(**(settings | typed))
     config = model.read_json(Path(__file__).parent / "wan2.1-t2v-1.3b/transformer/config.json")
     with torch.device("meta"):
         transformer = model.WanTransformer(config)
-    memory.plan_memory(args, transformer, torch.bfloat16, torch.device("cuda"))
-    assert (args.features, args.offload) == expected
+    placement = memory.plan_memory(plan, transformer, torch.device("cuda"))
+    features, stream_weights = expected
+    assert placement == memory.Placement(features == "cpu", stream_weights)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"of {free}" in said

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, read_weights
-from support import checks
+from support import hub
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
 
@@ -244,8 +244,8 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
         calls.append((repository, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
-    assert Path(checks.download(name)) == tmp_path
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert Path(hub.download(name, weights=True)) == tmp_path
     ((repository, options),) = calls
     assert repository == name and options["revision"] == REVISIONS[name]
     listing = [
@@ -260,6 +260,6 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
 
 def test_a_folder_needs_no_download(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        checks, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub")
+        hub, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub")
     )
-    assert Path(checks.download(str(tmp_path))) == tmp_path
+    assert Path(hub.download(str(tmp_path), weights=True)) == tmp_path

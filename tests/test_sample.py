@@ -6,7 +6,6 @@ import os
 import shutil
 
 import imageio.v3 as imageio
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -16,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
-import sample
-from support import checks, media
+from support import hub, media
+from support.settings import make_plan
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +111,7 @@ def test_help_shows_the_words_and_the_defaults(capsys):
         (ROOT / "tiny" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
     )["model"]["vocab"]
     assert all(word in text.split() for word in vocabulary if word[0] != "<")
-    assert all(f"({default})" in text for default in (2.0, 5, 0, "output"))
+    assert all(f"(default: {default})" in text for default in (2, 5, 0, "output"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,11 +143,14 @@ REFUSED = [  # what is typed, and what the answer must name
     (["--model", ""], ["--model is empty"]),
     (["--model", str(ROOT / "tests")], ["transformer/config.json"]),
     (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
-    (["--base-video", str(ROOT / "README.md")], ["README.md", "video"]),
-    (["--base-video", "nowhere.mp4"], ["nowhere.mp4", "no file"]),
-    (["--base-video", ""], ["--base-video is empty"]),
-    (["--base-video", "http://example.com/clip.mp4"], ["clip.mp4", "no file"]),
-    (["--base-video", str(ROOT / "tests")], ["a folder"]),
+    (["--prompt", "a red fish", "--base-video", str(ROOT / "README.md")], ["README.md", "video"]),
+    (["--prompt", "a red fish", "--base-video", "nowhere.mp4"], ["nowhere.mp4", "no file"]),
+    (["--prompt", "a red fish", "--base-video", ""], ["--base-video is empty"]),
+    (
+        ["--prompt", "a red fish", "--base-video", "http://example.com/clip.mp4"],
+        ["clip.mp4", "no file"],
+    ),
+    (["--prompt", "a red fish", "--base-video", str(ROOT / "tests")], ["a folder"]),
     (["--sizes", "1x1"], ["--sizes"]),
     (["--resume", "nowhere"], ["nowhere", "run.json"]),
     (["--resume", str(ROOT), "--steps", "9"], [str(ROOT), "run.json"]),
@@ -221,20 +223,20 @@ def test_from_the_hub_weights_come_last(checkpoint, tmp_path, monkeypatch, capsy
         )
         return str(folder)
 
-    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     arguments = ["--model", "some/one", "--output", tmp_path / "run", *SMALL]
     with refused(capsys, "--frames 6"):
         run_here(*arguments, "--frames", 6)
-    assert len(fetched) == 1 and not [*tmp_path.rglob("*.safetensors")]
+    assert not fetched and not [*tmp_path.rglob("*.safetensors")]
     run_here(*arguments)
-    assert len(fetched) == 3 and (tmp_path / "run" / "freeswim.mp4").is_file()
+    assert len(fetched) == 2 and (tmp_path / "run" / "freeswim.mp4").is_file()
 
 
 def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
     def snapshot_download(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checks, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with refused(capsys, "some/one", "No space left"):
         run_here("--model", "some/one", "--output", tmp_path / "run")
 
@@ -446,7 +448,7 @@ def test_the_command_names_it_in_one_line(checkpoint, tmp_path, name):
 
 
 def planned(checkpoint, tmp_path, *arguments):
-    return sample.check(*parse("--model", checkpoint, "--output", tmp_path / "run", *arguments))
+    return make_plan(parse("--model", checkpoint, "--output", tmp_path / "run", *arguments))
 
 
 @pytest.mark.parametrize(
@@ -509,9 +511,8 @@ def write_clip(file, shape=(12, 180, 320), fps=60):
         for i in range(count)
     ]
     if file.suffix == ".mp4":
-        imageio.imwrite(
-            file, np.stack(frames), fps=fps, codec="libx264", macro_block_size=1, plugin="FFMPEG"
-        )
+        video = media.to_video(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
+        media.write_video(file, video, fps)
     else:
         images = [Image.fromarray(frame) for frame in frames]
         images[0].save(file, save_all=True, append_images=images[1:], duration=40)
@@ -520,14 +521,43 @@ def write_clip(file, shape=(12, 180, 320), fps=60):
 
 def test_a_clip_is_not_distorted(checkpoint, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4")
-    args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9)
+    args = planned(
+        checkpoint, tmp_path, "--prompt", "a red fish", "--base-video", clip, "--frames", 9
+    )
     height, width = args.target
     assert (
         abs(width / height - 320 / 180) < 0.02 and abs(width * height / (4 * 192 * 128) - 1) < 0.02
     )
-    assert args.fps == 60 and args.notes == ["of the clip's 12 frames, the last 3 are left out"]
-    assert planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--fps", 8).fps == 8
-    args = planned(checkpoint, tmp_path, "--base-video", clip, "--frames", 9, "--size", "384x256")
+    assert args.fps == 60 and list(args.notes) == [
+        "of the clip's 12 frames, the last 3 are left out"
+    ]
+    assert (
+        planned(
+            checkpoint,
+            tmp_path,
+            "--prompt",
+            "a red fish",
+            "--base-video",
+            clip,
+            "--frames",
+            9,
+            "--fps",
+            8,
+        ).fps
+        == 8
+    )
+    args = planned(
+        checkpoint,
+        tmp_path,
+        "--prompt",
+        "a red fish",
+        "--base-video",
+        clip,
+        "--frames",
+        9,
+        "--size",
+        "384x256",
+    )
     assert (
         args.target == (256, 384)
         and args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
@@ -535,6 +565,8 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
     run_here(
         "--model",
         checkpoint,
+        "--prompt",
+        "a red fish",
         "--base-video",
         clip,
         "--frames",
@@ -549,7 +581,7 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
         tmp_path / "run",
         "--no-cache",
     )
-    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "run" / "freeswim.mp4"))[0] == 5
+    assert media.count_frames(tmp_path / "run" / "freeswim.mp4") == 5
     upscaled = imageio.imread(tmp_path / "run" / "comparison.png")[:256, :384]
     assert Image.fromarray(upscaled).size == (384, 256)
     disc = upscaled.min(axis=-1) > 160
@@ -576,6 +608,8 @@ def test_clips_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, shape, 
             checkpoint,
             "--output",
             tmp_path / "run",
+            "--prompt",
+            "a red fish",
             "--base-video",
             clip,
             "--frames",
@@ -588,10 +622,11 @@ def test_clips_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, shape, 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a b é.mp4", "no suffix"])
 def test_all_kinds_of_clips_are_read(tmp_path, name):
     written = write_clip(tmp_path / (name if "." in name else "a.mp4"))
-    clip, fps, total = media.read_clip(written.rename(tmp_path / name), 9)
-    assert clip.shape == (9, 3, 180, 320) and clip.dtype == torch.uint8 and total == 12
+    read = media.read_clip(written.rename(tmp_path / name), 9)
+    clip, fps = read.frames, read.fps
+    assert clip.shape == (9, 3, 180, 320) and clip.dtype == torch.uint8
     assert fps == (60 if written.suffix == ".mp4" else 25)
-    reference, _, _ = media.read_clip(write_clip(tmp_path / "reference.png"), 9)
+    reference = media.read_clip(write_clip(tmp_path / "reference.png"), 9).frames
     assert (clip.float() - reference.float()).abs().mean() < 12
 
 
@@ -599,11 +634,12 @@ def test_alpha_grey_and_odd_pictures_are_read(tmp_path):
     pixels = np.full((33, 51, 4), 200, np.uint8)
     pixels[:, :25, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
-    clip, fps, total = media.read_clip(tmp_path / "alpha.png", 1)
-    assert clip.shape == (1, 3, 32, 50) and fps is None and total == 1  # H.264 wants even sides
+    read = media.read_clip(tmp_path / "alpha.png", 1)
+    clip, fps = read.frames, read.fps
+    assert clip.shape == (1, 3, 32, 50) and fps is None  # H.264 wants even sides
     assert clip[..., :25].max() == 0 and (clip[..., 25:].float() - 157).abs().max() <= 1
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    assert media.read_clip(tmp_path / "grey.png", 1)[0].eq(200).all()
+    assert media.read_clip(tmp_path / "grey.png", 1).frames.eq(200).all()
 
 
 def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
@@ -613,6 +649,8 @@ def test_a_picture_is_refined_to_a_picture(checkpoint, tmp_path):
         checkpoint,
         "--output",
         tmp_path / "run",
+        "--prompt",
+        "a red fish",
         "--base-video",
         picture,
         "--frames",

@@ -21,7 +21,7 @@ from transformers import UMT5EncoderModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from freeswim import generate, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
-from sample import PRESETS
+from support.settings import PRESETS
 from tiny import world
 from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
 from tiny.train import Muon, cut_windows

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from freeswim import dense_window, generate, grouped_window, no_window, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
-from sample import PRESETS
 from support import media
+from support.settings import PRESETS
 from tiny import world
 
 HERE = Path(__file__).parent
@@ -545,7 +545,8 @@ def main():
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
             for row, methods in enumerate(pictures):
                 strips = np.split(
-                    np.asarray(media.comparison(methods)), len(methods)
+                    np.asarray(media.comparison(methods, detail_from=list(methods)[-1])),
+                    len(methods),
                 )  # a frame, and a part enlarged,
                 columns = [
                     np.concatenate(np.split(strip, 2, axis=1)) for strip in strips

@@ -1,0 +1,146 @@
+"""Models: a folder here or a repository on the hub, what kind it is, and which weights it has."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+import model
+from support import UserError
+
+PARTS = {
+    "transformer": model.WanTransformer,
+    "text_encoder": model.TextEncoder,
+    "vae": model.WanVAE,
+}
+REVISIONS = {  # the commits that this code was written for
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "0fad780a534b6463e45facd96134c9f345acfa5b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
+}
+
+
+def find_model(name):
+    """The folder of a model with its descriptions and its tokenizer: `name` itself if that is a
+    folder, else a snapshot from the hub, without weights. Raises UserError if there is none."""
+    is_folder = Path(name).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"--model {name}: no such folder, and no hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    folder = download(name, weights=False)
+    check_pipeline(name, folder)
+    return folder
+
+
+def check_pipeline(name, folder):
+    """Raise UserError or CheckpointError unless the folder describes a Wan2.1 text-to-video."""
+    file = folder / "model_index.json"
+    index = model.read_json(file) if file.is_file() else {}
+    kind = index.get("_class_name", "WanPipeline")
+    if index.get("transformer_2", [None, None]) != [None, None]:
+        kind += " with two transformers (Wan2.2)"
+    if kind != "WanPipeline":
+        raise UserError(
+            f"--model {name}: is a {kind}; supported is the WanPipeline of Wan2.1 text-to-video"
+        )
+    transformer = model.build(model.WanTransformer, folder / "transformer")
+    encoder = model.build(model.TextEncoder, folder / "text_encoder")
+    model.build(model.WanVAE, folder / "vae")
+    if encoder.shared.embedding_dim != transformer.config["text_dim"]:
+        raise UserError(
+            f"--model {name}: its text encoder is {encoder.shared.embedding_dim} wide, but its "
+            f"transformer reads {transformer.config['text_dim']}; they are of different models"
+        )
+
+
+def download(name, weights):
+    """The folder of a model: `name` itself if it is one, else the hub's snapshot of that id,
+    fetched if needed. Without `weights`, only descriptions and the tokenizer: a few MB that tell
+    whether the rest is worth fetching."""
+    if Path(name).is_dir():
+        return Path(name)
+    revision = REVISIONS.get(name)
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer/tokenizer.json"]
+    for part in PARTS:
+        wanted.append(f"{part}/*.json")
+        if weights:
+            wanted.append(f"{part}/*.safetensors")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: {hub_problem(error, revision)}") from None
+
+
+def hub_problem(error, revision):
+    """What went wrong with the hub, and what helps."""
+    wanted = "" if revision is None else f" (commit {revision})"
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(error, GatedRepoError):
+        return "you have no access yet; ask for it on its page, then log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub has no{wanted or ' such version'}; download it and give the folder"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or you have no access; check the id, or log in"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"is not in the cache{wanted}, and the hub cannot be reached; check the network and "
+            f"HF_HUB_OFFLINE, or give a folder ({reason})"
+        )
+    return f"cannot be fetched from the hub{wanted} ({reason}); check the id, or give a folder"
+
+
+def check_weights(name, folder):
+    """Raise CheckpointError or UserError unless all weights of a model are there. Only headers are
+    read."""
+    try:
+        for part, cls in PARTS.items():
+            model.find_weights(model.build(cls, folder / part), folder / part)
+    except model.CheckpointError as error:
+        if Path(name).is_dir():
+            raise
+        raise UserError(
+            f"--model {name}: its snapshot in the cache is incomplete ({error}); run again with "
+            f"access to the hub, or delete {folder} first"
+        ) from None
+
+
+SAMPLES = 32  # of a file's content that its fingerprint covers
+SAMPLE_SIZE = 2**14  # bytes
+
+
+def fingerprint_of_weights(folder):
+    """A few letters that tell a model's weights from others, from the sizes, headers and samples of
+    its safetensors files. Links are followed."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for file in sorted((folder / part).glob("*.safetensors")):
+            digest.update(f"{part}/{file.name}".encode(errors="surrogateescape"))
+            add_file(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_text(text):
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def fingerprint_of_file(file):
+    digest = hashlib.sha256()
+    add_file(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def add_file(digest, file):
+    """Add a file's size, and samples spread over it, to a digest."""
+    size = file.stat().st_size
+    digest.update(f"{size}".encode())
+    with open(file, "rb") as content:
+        for index in range(SAMPLES):
+            content.seek(size * index // SAMPLES)
+            digest.update(content.read(SAMPLE_SIZE))
