@@ -12,8 +12,9 @@ from support import UserError
 
 
 def fail(message, status=2):
-    """Print an error in one line, and exit."""
-    print(f"sample.py: {' '.join(message.split())}", file=sys.stderr)
+    """Print an error in one line, in the first process only, and exit."""
+    if rank() == 0:
+        print(f"sample.py: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
