@@ -60,9 +60,9 @@ def main(arguments):
             strips[variant.label] = media.sample_frames(video)
             if name == "refine":
                 write_refined(plan, run, video, refined)
+            del video  # on a GPU, the next refinement needs its memory
 
-        picture = media.comparison(strips, detail_from="FreeSwim")
-        run.write("comparison.png", partial(picture.save, format="PNG"))
+        run.write("comparison.png", partial(media.write_comparison, strips=strips))
         run.write_record()
     for name in plan.record.files:
         if name != "state" and parallel.is_first():

@@ -113,6 +113,9 @@ RANGES = {  # lowest and highest value
 }
 
 
+MEANINGS = {"scale": ", the model's own size (192x128 with the bundled one),"}  # of the lowest
+
+
 def parse_arguments(description, arguments=None):
     """The options that were typed, {name: value}; all others are left to the settings. Exits with
     one line if a value cannot be, whatever the model."""
@@ -144,13 +147,9 @@ def check_options(options):
             raise UserError(f"{option} is empty: give it a value, or leave it out")
         if name in RANGES and value is not None:
             low, high = RANGES[name]
-            if name == "scale" and not low <= value <= high:
-                raise UserError(
-                    f"--scale {value}: must be from 1, the model's own size (192x128 with the "
-                    "bundled one), to 100"
-                )
+            meaning = MEANINGS.get(name, "")
             if not low <= value <= high:
-                raise UserError(f"{option} {value}: must be from {low} to {high}")
+                raise UserError(f"{option} {value}: must be from {low}{meaning} to {high}")
     frames = options.get("frames", 1)
     if frames % 4 != 1:
         nearest = frames // 4 * 4 + 1

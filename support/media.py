@@ -185,10 +185,12 @@ def left_out(total, used, start):
 def to_clip(frames):
     """Frames uint8 (H, W, 3) as one tensor with even sides, as H.264 wants them."""
     height, width, _ = frames[0].shape
-    clip = torch.empty(len(frames), 3, height // 2 * 2, width // 2 * 2, dtype=torch.uint8)
+    height = height // 2 * 2
+    width = width // 2 * 2
+    clip = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
     for index, frame in enumerate(frames):
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-        clip[index] = pixels[:, : clip.shape[2], : clip.shape[3]]
+        clip[index] = pixels[:, :height, :width]
     return clip
 
 
@@ -293,7 +295,9 @@ def cropped(shape, target):
     """The largest (height, width) within `shape` that has the proportions of `target`."""
     rows, columns = shape
     height, width = target
-    return min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+    fitting_rows = round(columns * height / width)
+    fitting_columns = round(rows * width / height)
+    return min(rows, fitting_rows), min(columns, fitting_columns)
 
 
 def center_crop(pixels, height, width):
@@ -307,7 +311,9 @@ def pad(video, height, width):
     """A video with its outermost pixels repeated on all sides, evenly, to `height` x `width`."""
     rows = height - video.shape[-2]
     columns = width - video.shape[-1]
-    sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2, 0, 0)
+    left = columns // 2
+    top = rows // 2
+    sides = (left, columns - left, top, rows - top, 0, 0)
     return F.pad(video, sides, mode="replicate")
 
 
@@ -465,6 +471,10 @@ def sample_frames(video):
     """The first, the middle and the last frame."""
     last = video.shape[2] - 1
     return [to_frame(video, index) for index in (0, video.shape[2] // 2, last)]
+
+
+def write_comparison(file, strips):
+    comparison(strips, detail_from="FreeSwim").save(file, format="PNG")
 
 
 def comparison(strips, detail_from):

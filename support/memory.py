@@ -91,7 +91,9 @@ class StreamedBlocks:
 
     def __init__(self, blocks, device):
         self.blocks = blocks
-        self.slots = [copy.deepcopy(blocks[0]).to(device), copy.deepcopy(blocks[0]).to(device)]
+        self.slots = []
+        for _ in range(2):
+            self.slots.append(copy.deepcopy(blocks[0]).to(device))
         for parameter in blocks.parameters():
             parameter.data = pin(parameter.data)
         self.copies = Copies(device)

@@ -81,9 +81,11 @@ def once_per_host(compute):
     if not dist.is_initialized():
         return compute()
     if local_rank() == 0:
-        compute()
+        result = compute()
     dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier
-    return compute()
+    if local_rank() != 0:
+        result = compute()
+    return result
 
 
 # --------------------------------------------------------------------------------------------------

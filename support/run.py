@@ -142,7 +142,8 @@ def check_space(plan, folder):
     the videos, at most 2 bytes a pixel."""
     height, width = plan.computed
     native_height, native_width = plan.native
-    latents = 4 * 16 * (plan.frames // 4 + 1) * (height // 8) * (width // 8)  # bytes
+    latent_frames = plan.frames // 4 + 1
+    latents = 4 * 16 * latent_frames * (height // 8) * (width // 8)  # bytes
     variants = 4 if plan.compare else 1
     pixels = plan.frames * (native_height * native_width + height * width)
     needed = 6 * latents * variants + 3 * pixels

@@ -83,21 +83,7 @@ WAN_1_3B = Preset(
     prompt=CAT,
     negative_prompt=BLUR,
 )
-WAN_14B = Preset(
-    height=720,
-    width=1280,
-    frames=81,
-    fps=16,
-    base_shift=5.0,
-    flow_shift=9.0,
-    steps=50,
-    strength=0.7,
-    guidance=5.0,
-    text_length=512,
-    upright=True,
-    prompt=CAT,
-    negative_prompt=BLUR,
-)
+WAN_14B = replace(WAN_1_3B, height=720, width=1280, base_shift=5.0)
 PRESETS = {240: BUNDLED, 1536: WAN_1_3B, 5120: WAN_14B}  # by the transformer's width in channels
 
 
