@@ -927,7 +927,7 @@ def load_tokenizer(folder, length=512):
     file = Path(folder) / "tokenizer.json"
     read_json(file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         padding = tokenizer.get_vocab()["<pad>"]
         tokenizer.enable_padding(length=length, pad_id=padding, pad_token="<pad>")
         tokenizer.enable_truncation(length)
@@ -1176,10 +1176,17 @@ def opened(file):
         raise CheckpointError(f"{file}: permission denied") from None
     except (SafetensorError, OSError) as error:
         if not file.exists():
-            raise CheckpointError(f"{file} is missing; fetch it again") from None
+            raise CheckpointError(f"{file} {absence(file)}; fetch it again") from None
         raise CheckpointError(
             f"{file} is not a whole safetensors file ({error!s:.200}); fetch it again"
         ) from None
+
+
+def absence(file):
+    """How a file is not there."""
+    if Path(file).is_symlink():
+        return "is a link to nothing"
+    return "is missing"
 
 
 def read_json(file):
@@ -1188,8 +1195,10 @@ def read_json(file):
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except PermissionError:
         raise CheckpointError(f"{file}: permission denied") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} {absence(file)}; fetch it again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is missing or not JSON ({error!s:.200})") from None
+        raise CheckpointError(f"{file} is not JSON ({error!s:.200})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {content!r:.40}, not an object")
     return content

@@ -291,5 +291,7 @@ if __name__ == "__main__":
         main(ARGUMENTS)
     except (UserError, model.CheckpointError) as error:
         fail(str(error))
+    except PermissionError as error:
+        fail(f"{error.filename}: permission denied")
     except RunError as error:
         fail(str(error), status=1)

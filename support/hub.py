@@ -111,13 +111,14 @@ def check_weights(name, folder):
         ) from None
 
 
-SAMPLES = 32  # of a file's content that its fingerprint covers
+WHOLE = 2**26  # bytes; of a larger file, a fingerprint covers samples
+SAMPLES = 512
 SAMPLE_SIZE = 2**14  # bytes
 
 
 def fingerprint_of_weights(folder):
-    """A few letters that tell a model's weights from others, from the sizes, headers and samples of
-    its safetensors files. Links are followed."""
+    """A few letters that tell a model's weights from others, from the sizes and contents of its
+    safetensors files. Links are followed."""
     digest = hashlib.sha256()
     for part in PARTS:
         for file in sorted((folder / part).glob("*.safetensors")):
@@ -137,10 +138,13 @@ def fingerprint_of_file(file):
 
 
 def add_file(digest, file):
-    """Add a file's size, and samples spread over it, to a digest."""
+    """Add a file's size and content to a digest: all of it, or samples spread over it."""
     size = file.stat().st_size
     digest.update(f"{size}".encode())
     with open(file, "rb") as content:
+        if size <= WHOLE:
+            digest.update(content.read())
+            return
         for index in range(SAMPLES):
             content.seek(size * index // SAMPLES)
             digest.update(content.read(SAMPLE_SIZE))

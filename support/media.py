@@ -4,6 +4,7 @@ A clip that was read is uint8 (F, 3, H, W). A video is (1, 3, F, H, W) in [-1, 1
 model.WanVAE. It becomes bytes frame by frame, on the CPU, so no second copy of it is ever held.
 """
 
+import stat
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -35,20 +36,7 @@ def read_clip(file, most, start=0):
     """The first `most` frames from `start` seconds on of a video, or a picture. Frames are all
     stored ones, each once, in order. Raises UserError for anything else."""
     file = Path(file)
-    if not file.is_file():
-        kind = "no file"
-        if file.is_dir():
-            kind = "a folder"
-        elif file.exists():
-            kind = "no ordinary file"
-        raise UserError(f"--base-video {file}: is {kind}; give a video or a picture")
-    try:
-        with open(file, "rb"):
-            pass
-    except PermissionError:
-        raise UserError(f"--base-video {file}: permission denied") from None
-    except OSError as error:
-        raise UserError(f"--base-video {file}: cannot be read ({error})") from None
+    check_readable(file)
     try:
         image = Image.open(file)
     except (UnidentifiedImageError, Image.DecompressionBombError):
@@ -60,6 +48,23 @@ def read_clip(file, most, start=0):
             if isinstance(error, UserError):
                 raise
             raise UserError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
+
+
+def check_readable(file):
+    """Raise UserError unless this is a file, and may be read."""
+    try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):  # checked first: to open a pipe would wait for its writer
+            kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+            raise UserError(f"--base-video {file}: is {kind}; give a video or a picture")
+        with open(file, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--base-video {file}: is no file; give a video or a picture") from None
+    except PermissionError:
+        raise UserError(f"--base-video {file}: permission denied") from None
+    except OSError as error:
+        raise UserError(f"--base-video {file}: cannot be read ({error.strerror})") from None
 
 
 def read_picture(image, file, most, start):
@@ -98,7 +103,7 @@ def upright_rgb(image):
     if image.mode == "RGBA":
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image).convert("RGB")
-    return np.asarray(image)
+    return np.array(image)
 
 
 def grey_of_16_bits(pixels):

@@ -228,6 +228,7 @@ def make_plan(typed):
         begun = read_record(typed["resume"])
         check_resumable(typed, begun)
     options = settle_options(typed, begun)
+    check_names(options)
     settle_device(options)
     folder = hub.find_model(options["model"])
     preset = find_preset(options["model"], folder)
@@ -311,6 +312,17 @@ def settle_options(typed, begun):
     if "fps" in typed:
         options["fps"] = written_rate(parse_rate(typed["fps"]))
     return options
+
+
+def check_names(options):
+    """Raise UserError for a folder whose name safetensors cannot open."""
+    for name in ("model", "output"):
+        try:
+            os.fsencode(options[name]).decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{option_name(name)} {options[name]}: the name is not UTF-8; rename the folder"
+            ) from None
 
 
 def to_text(argument):
