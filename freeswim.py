@@ -157,27 +157,39 @@ def generate(
     steps=50,
     flow_shift=3.0,
     guidance=5.0,
+    guidance_2=None,
     generator=None,
     progress=iter,
 ):
     """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be native.
 
     `text` and `negative` are text embeddings, (B, L, text_dim). With `guidance` 1 the negative pass
-    is skipped, and `negative` may be None. `generator` is a CPU generator, so that a seed gives the
-    same noise on every device, or a list of them, one for each clip. `progress` may wrap the list
-    of steps, like tqdm. Raises ValueError for what cannot work.
+    is skipped, and `negative` may be None. `guidance_2` is that of Wan2.2's second expert, by
+    default the same. `generator` is a CPU generator, so that a seed gives the same noise on every
+    device, or a list of them, one for each clip. `progress` may wrap the list of steps, like tqdm.
+    Raises ValueError for what cannot work.
     """
-    check_guidance(guidance, negative)
+    check_guidance(guidance, guidance_2, negative)
     solver = FlowUniPC(steps, flow_shift)
     latents = draw_noise(shape, generator, text.device)
     for t in progress(solver.timesteps):
         timestep = torch.full((shape[0],), t, device=text.device)
-        velocity = transformer(latents, timestep, text)
-        if guidance != 1:
-            uncond = transformer(latents, timestep, negative)
-            velocity = uncond + guidance * (velocity - uncond)
+        network = transformer.expert(t)
+        scale = guidance_at(t, transformer, guidance, guidance_2)
+        velocity = network(latents, timestep, text)
+        if scale != 1:
+            uncond = network(latents, timestep, negative)
+            velocity = uncond + scale * (velocity - uncond)
         latents = solver.step(velocity, latents)
+        del network  # Wan2.2's experts must not be in memory together
     return latents
+
+
+def guidance_at(t, transformer, guidance, guidance_2):
+    """The guidance at timestep `t`, which differs between Wan2.2's experts."""
+    if guidance_2 is None or t >= transformer.boundary:
+        return guidance
+    return guidance_2
 
 
 def upsample(video, height, width):
@@ -200,6 +212,7 @@ def refine(
     strength=0.7,
     flow_shift=9.0,
     guidance=5.0,
+    guidance_2=None,
     cache_interval=None,
     scale_tokens=None,
     generator=None,
@@ -214,13 +227,15 @@ def refine(
     encoded, no noise added.
 
     `native` is (rows, columns) of tokens of a native frame. `text`, `negative`, `guidance`,
-    `generator` and `progress` are as in `generate`. The last int(steps * strength) steps run.
+    `guidance_2`, `generator` and `progress` are as in `generate`. The last int(steps * strength)
+    steps run.
     `scale_tokens` is the n of `attention_scale`, by default the tokens of a native frame (the
     authors' code has 1560, whatever the model).
 
     `cache_interval` (paper, section 3.4): None runs the full path at every step, for both prompts.
     With k it runs every k steps, for the positive prompt only. The steps in between reuse its
-    cached outputs, and the negative prompt takes the plain window path.
+    cached outputs, and the negative prompt takes the plain window path. Where Wan2.2's second
+    expert takes over, the full path runs, and the interval counts from there.
 
     For studies: `override=False` runs the window path alone, and `window_attention` is a function
     like `dense_window` that prepares another attention. For memory: `cross_attention_cache` is a
@@ -231,7 +246,7 @@ def refine(
     Raises ValueError for what cannot work.
     """
     check_refinement(latents, native, cache_interval)
-    check_guidance(guidance, negative)
+    check_guidance(guidance, guidance_2, negative)
     device = latents.device
     attend_window, attend_full = prepare_attention(
         transformer, latents, native, scale_tokens, window_attention
@@ -239,23 +254,28 @@ def refine(
     cache = {} if cross_attention_cache is None else cross_attention_cache
 
     solver = FlowUniPC(steps, flow_shift, strength)
+    reading_steps = set()
+    if override and cache_interval is not None:
+        reading_steps = steps_that_read_cache(transformer, solver.timesteps, cache_interval)
     if state is None:
         latents = solver.add_noise(latents, draw_noise(latents.shape, generator, device))
     else:
-        check_state(state, latents, solver, cache_interval if override else None)
+        check_state(state, latents, solver, reading_steps)
         solver.load_state_dict(state)
         latents = state["latents"]
 
     remaining = list(enumerate(solver.timesteps))[solver.index :]
     for step, t in progress(remaining):
         timestep = torch.full((latents.shape[0],), t, device=device)
-        inputs = (transformer, latents, timestep)
-        reads_cache = override and cache_interval is not None and step % cache_interval != 0
+        network = transformer.expert(t)
+        scale = guidance_at(t, transformer, guidance, guidance_2)
+        inputs = (network, latents, timestep)
+        reads_cache = step in reading_steps
         if save is not None and not reads_cache:
             save({"latents": latents, **solver.state_dict()})
 
         if not override:
-            velocity = transformer(latents, timestep, text, attend_window)
+            velocity = network(latents, timestep, text, attend_window)
         elif cache_interval is None:
             velocity = predict_dual(*inputs, text, attend_window, attend_full)
         elif not reads_cache:
@@ -263,15 +283,32 @@ def refine(
         else:
             velocity = predict_cached(*inputs, text, attend_window, cache)
 
-        if guidance != 1:
+        if scale != 1:
             if override and cache_interval is None:
                 uncond = predict_dual(*inputs, negative, attend_window, attend_full)
             else:
-                uncond = transformer(latents, timestep, negative, attend_window)
-            velocity = uncond + guidance * (velocity - uncond)
+                uncond = network(latents, timestep, negative, attend_window)
+            velocity = uncond + scale * (velocity - uncond)
 
         latents = solver.step(velocity, latents)
+        del network, inputs  # Wan2.2's experts must not be in memory together
     return latents
+
+
+def steps_that_read_cache(transformer, timesteps, cache_interval):
+    """The steps, counted from the first that runs, that reuse cached cross-attention outputs. At
+    the others the full path runs: at the first step of an expert, because cached outputs belong to
+    the network that made them, and at every `cache_interval`-th from there."""
+    reading = set()
+    expert_before = None
+    for step, t in enumerate(timesteps):
+        is_first_expert = t >= transformer.boundary
+        if is_first_expert != expert_before:
+            start = step
+        if (step - start) % cache_interval != 0:
+            reading.add(step)
+        expert_before = is_first_expert
+    return reading
 
 
 def prepare_attention(transformer, latents, native, scale_tokens, window_attention):
@@ -303,9 +340,10 @@ def draw_noise(shape, generator, device):
     return torch.cat(clips)
 
 
-def check_guidance(guidance, negative):
-    if guidance != 1 and negative is None:
-        raise ValueError(f"guidance {guidance} needs a negative prompt; only guidance 1 does not")
+def check_guidance(guidance, guidance_2, negative):
+    for scale in (guidance, guidance_2):
+        if scale not in (None, 1) and negative is None:
+            raise ValueError(f"guidance {scale} needs a negative prompt; only guidance 1 does not")
 
 
 def check_refinement(latents, native, cache_interval):
@@ -317,7 +355,7 @@ def check_refinement(latents, native, cache_interval):
         raise ValueError(f"cache_interval is {cache_interval}, but must be None or at least 1")
 
 
-def check_state(state, latents, solver, cache_interval):
+def check_state(state, latents, solver, reading_steps):
     if state["latents"].shape != latents.shape:
         raise ValueError(
             f"the state has latents of shape {tuple(state['latents'].shape)}, "
@@ -327,10 +365,10 @@ def check_state(state, latents, solver, cache_interval):
     if not torch.equal(sigmas, solver.sigmas):
         raise ValueError("the state is of other steps, another strength or another flow_shift")
     step = int(state["step"])
-    if cache_interval is not None and step % cache_interval != 0:
+    if step in reading_steps:
         raise ValueError(
-            f"step {step} of the state reads the cross-attention cache at cache_interval "
-            f"{cache_interval}, but a state does not hold the cache"
+            f"step {step} of the state reads the cross-attention cache, which a state does not "
+            "hold; was it saved with another cache_interval?"
         )
 
 

@@ -230,6 +230,7 @@ class WanTransformer(nn.Module):
         ".ffn.2.": ".ffn.net.2.",
     }
     block = Block  # subclasses have other blocks
+    boundary = 0  # it serves timesteps from here on: all. Wan2.2 has a second one for the rest
 
     def __init__(self, config):
         super().__init__()
@@ -256,9 +257,14 @@ class WanTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The DiT of a Diffusers `transformer/` folder. Raises CheckpointError for any other."""
-        return load_model(cls, folder, device, dtype)
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, adjust=None):
+        """The DiT of a Diffusers `transformer/` folder. `adjust` is as in `read_weights`. Raises
+        CheckpointError for any other."""
+        return load_model(cls, folder, device, dtype, adjust)
+
+    def expert(self, timestep):
+        """The transformer for a timestep: itself. Wan2.2 has two (support/experts.py)."""
+        return self
 
     def embed(self, latents, timestep, text):
         """What the blocks work on: tokens (B, N, D), embedded time (B, D), its modulation
@@ -348,15 +354,20 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=padding)
 
     def forward(self, x, history):
+        x = self.with_past(x, history)
+        if x.is_cuda:
+            return super().forward(x)
+        return conv3d_by_conv2d(x, self.weight, self.bias, self.padding[1:])
+
+    def with_past(self, x, history):
+        """`x` with the two frames before it, (B, C, F + 2, H, W)."""
         past = history.get(self)
         if past is None:
             batch, channels, _, height, width = x.shape
             past = x.new_zeros(batch, channels, 2, height, width)
         x = torch.cat([past, x], dim=2)
         history[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk in memory
-        if x.is_cuda:
-            return super().forward(x)
-        return conv3d_by_conv2d(x, self.weight, self.bias, self.padding[1:])
+        return x
 
 
 def conv3d_by_conv2d(x, weight, bias, padding):
@@ -622,6 +633,7 @@ class WanVAE(nn.Module):
 
     TILE = 32  # latents: 256 pixels
     STRIDE = 24  # latents from one tile to the next
+    TILES_AT_ONCE = 1  # more of the same size are faster on a GPU, but take memory
 
     def __init__(self, config):
         super().__init__()
@@ -667,14 +679,15 @@ class WanVAE(nn.Module):
         weight = self.quant_conv.weight
         shape = (batch, 16, frames // 4 + 1, height // 8, width // 8)
         latents = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        for tile in progress(self.tiles(height // 8, width // 8, 1, tiled, weight)):
-            pixels = video[..., pixels_of(tile.rows), pixels_of(tile.columns)]
-            target = latents[..., tile.rows, tile.columns]
-            history = {}
-            for t in range(shape[2]):
-                chunk = pixels[:, :, frames_of(t)].to(weight)
-                mean, _ = self.encode_chunk(chunk, history).chunk(2, dim=1)
-                target[:, :, t : t + 1] += tile.weight * mean
+        tiles = self.tiles(height // 8, width // 8, 1, tiled, weight)
+        for group in progress(tile_groups(tiles, self.TILES_AT_ONCE)):
+            pixels = []
+            for tile in group:
+                pixels.append(video[..., pixels_of(tile.rows), pixels_of(tile.columns)])
+            for t, means in enumerate(self.encode_tiles(pixels)):
+                for tile, mean in zip(group, means.split(batch), strict=True):
+                    target = latents[:, :, t : t + 1, tile.rows, tile.columns]
+                    target += tile.weight * mean
         latents = self.sum_of_tiles(latents)
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
@@ -685,13 +698,31 @@ class WanVAE(nn.Module):
         batch, _, frames, height, width = latents.shape
         latents = latents * self.std.to(latents) + self.mean.to(latents)
         video = latents.new_zeros(batch, 3, 4 * frames - 3, 8 * height, 8 * width)
-        for tile in progress(self.tiles(height, width, 8, tiled, latents)):
-            target = video[..., pixels_of(tile.rows), pixels_of(tile.columns)]
-            history = {}
-            for t in range(frames):
-                chunk = latents[:, :, t : t + 1, tile.rows, tile.columns]
-                target[:, :, frames_of(t)] += tile.weight * self.decode_chunk(chunk, history)
+        tiles = self.tiles(height, width, 8, tiled, latents)
+        for group in progress(tile_groups(tiles, self.TILES_AT_ONCE)):
+            parts = [latents[..., tile.rows, tile.columns] for tile in group]
+            for t, pixels in enumerate(self.decode_tiles(torch.cat(parts))):
+                for tile, part in zip(group, pixels.split(batch), strict=True):
+                    target = video[..., pixels_of(tile.rows), pixels_of(tile.columns)]
+                    target[:, :, frames_of(t)] += tile.weight * part
         return self.sum_of_tiles(video).clamp_(-1, 1)
+
+    def encode_tiles(self, pixels):
+        """The means (n*B, 16, 1, h, w) of one latent frame after the other, of a list of n tiles
+        (B, 3, F, 8h, 8w) of pixels. They may be on the CPU."""
+        history = {}
+        for t in range(pixels[0].shape[2] // 4 + 1):
+            chunk = torch.cat([tile[:, :, frames_of(t)] for tile in pixels])
+            chunk = chunk.to(self.quant_conv.weight)
+            mean, _ = self.encode_chunk(chunk, history).chunk(2, dim=1)
+            yield mean
+
+    def decode_tiles(self, latents):
+        """The pixels (B, 3, 1 or 4, 8h, 8w) of one latent frame after the other, of latents
+        (B, 16, T, h, w)."""
+        history = {}
+        for t in range(latents.shape[2]):
+            yield self.decode_chunk(latents[:, :, t : t + 1], history)
 
     def tiles(self, height, width, scale, tiled, like):
         """The tiles of a frame of `height` x `width` latents. An output pixel is 1 / `scale`
@@ -717,6 +748,21 @@ class Tile(NamedTuple):
     rows: slice  # of latents
     columns: slice
     weight: torch.Tensor  # of each output pixel in the sum of all tiles, (rows, columns)
+
+    @property
+    def size(self):
+        return self.weight.shape
+
+
+def tile_groups(tiles, count):
+    """The tiles in lists of up to `count` neighbours of the same size, to be processed at once."""
+    groups = []
+    for tile in tiles:
+        is_first = len(groups) == 0
+        if is_first or len(groups[-1]) == count or groups[-1][0].size != tile.size:
+            groups.append([])
+        groups[-1].append(tile)
+    return groups
 
 
 class AxisTile(NamedTuple):
@@ -969,11 +1015,11 @@ def encode_prompt(encoder, tokenizer, prompts):
 # Loading checkpoints in Diffusers layout
 
 
-def load_model(cls, folder, device, dtype):
+def load_model(cls, folder, device, dtype, adjust=None):
     """A model with its weights on `device`. Raises CheckpointError unless `folder` has exactly the
     weights of a `cls`."""
     model = build(cls, folder)
-    return read_weights(model, find_weights(model, folder), device, dtype)
+    return read_weights(model, find_weights(model, folder), device, dtype, adjust=adjust)
 
 
 def build(cls, folder):
@@ -1126,9 +1172,10 @@ def read_header(file):
     return header
 
 
-def read_weights(model, sources, device, dtype, prefix=""):
+def read_weights(model, sources, device, dtype, prefix="", adjust=None):
     """Read the tensors of `model` whose names begin with `prefix`, each straight to its device and
-    dtype (None: as in the file). Returns the model.
+    dtype (None: as in the file). `adjust(name, tensor)` may change a tensor before that, to merge a
+    LoRA. Returns the model.
 
     On the CPU, a tensor that needs no cast is not read but mapped. Raises CheckpointError for a
     tensor with a number that is not finite.
@@ -1142,6 +1189,8 @@ def read_weights(model, sources, device, dtype, prefix=""):
         with opened(file) as tensors:
             for ours, name in names:
                 tensor = tensors.get_tensor(name)
+                if adjust is not None:
+                    tensor = adjust(ours, tensor)
                 if stays_float32(model, ours):
                     # A copy: a mapped tensor would keep all that was read of its file in memory.
                     tensor = tensor.to(device, torch.float32, copy=True)

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     ARGUMENTS = parse_arguments(__doc__)
 
 import hashlib
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -33,7 +34,8 @@ import torch
 
 import freeswim
 import model
-from support import RunError, UserError, hub, media, memory, parallel
+from support import RunError, UserError, hub, lora, media, memory, parallel
+from support.experts import Experts
 from support.run import Run
 from support.settings import make_plan
 
@@ -72,7 +74,7 @@ def main(arguments):
 @dataclass
 class Models:
     folder: Any  # where the weights are
-    transformer: Any
+    transformer: Any  # or Wan2.2's two, as Experts
     vae: Any
     window_attention: Any  # prepares the window path's attention, like freeswim.grouped_window
     cache: Any  # the cross-attention cache
@@ -84,7 +86,6 @@ def load_models(plan, run):
     hub.check_weights(plan.model, folder)  # all parts are whole, or refused, before one is loaded
     check_same_weights(plan, folder)
     device = run.device
-    dtype = getattr(torch, plan.dtype)
     several = parallel.is_launched()
     with run.stage("load"):
         transformer_class = parallel.SharedTransformer if several else model.WanTransformer
@@ -96,18 +97,42 @@ def load_models(plan, run):
             from support import fast  # it imports PyTorch's compiler, which takes seconds
 
             transformer_class = fast.transformer_for(device, transformer_class)
+            dtype = getattr(torch, plan.dtype)
             window_attention = fast.window_for(device, dtype, empty.head_dim)
 
-        options = {"shard": plan.shard_weights} if several else {}
-        weights_device = "cpu" if placement.stream_weights else device
-        transformer = transformer_class.from_pretrained(
-            folder / "transformer", weights_device, dtype, **options
-        )
-        if placement.stream_weights:
-            memory.stream_blocks(transformer, device)
-        vae = vae_class.from_pretrained(folder / "vae", device)
+        load = partial(load_transformer, plan, device, folder, transformer_class, placement)
+        if plan.boundary is None:
+            transformer = load("transformer")
+        else:
+            transformer = Experts(load, plan.boundary, empty.head_dim)
+        if device.type == "cuda":
+            half = plan.vae_dtype == "float16"
+            tiles_at_once = 1 if placement.is_tight else 4
+            vae = fast.load_vae(vae_class, folder / "vae", device, half, tiles_at_once)
+        else:
+            vae = vae_class.from_pretrained(folder / "vae", device)
         cache = memory.CacheOnCPU(device) if placement.cache_on_cpu else {}
     return Models(folder, transformer, vae, window_attention, cache)
+
+
+def load_transformer(plan, device, folder, transformer_class, placement, name):
+    """The transformer in the part `name` of a model, with its LoRAs, where it was planned."""
+    start = time.time()
+    options = {"shard": plan.shard_weights} if parallel.is_launched() else {}
+    if plan.lora_changes[name]:
+        options["adjust"] = partial(lora.merge, plan.lora_changes[name], device)
+    transformer = transformer_class.from_pretrained(
+        folder / name,
+        device="cpu" if placement.stream_weights else device,
+        dtype=getattr(torch, plan.dtype),
+        **options,
+    )
+    if placement.stream_weights:
+        memory.stream_blocks(transformer, device)
+    if plan.boundary is not None:
+        noise = "high" if name == "transformer" else "low"
+        parallel.say(f"loaded the expert for {noise} noise in {time.time() - start:.0f} s")
+    return transformer
 
 
 def check_same_weights(plan, folder):
@@ -122,22 +147,30 @@ def check_same_weights(plan, folder):
 
 
 def embed_prompts(plan, models, run):
-    """Text embeddings, (1, L, text_dim) each: {"text", "negative"}."""
-    prompts = run.load("text", "text", "negative") if plan.resumes else None
+    """Text embeddings, (1, L, text_dim) each: {"text"}, and {"negative"} if there is guidance."""
+    prompts = run.load("text", *prompts_of(plan)) if plan.resumes else None
     if prompts is None:
         with run.stage("text"):
             prompts = parallel.from_first(partial(compute_embeddings, plan, models, run.device))
     return {name: tensor.to(run.device) for name, tensor in prompts.items()}
 
 
+def prompts_of(plan):
+    """The prompts that are needed. Guidance 1 needs no negative one."""
+    prompts = {"text": plan.prompt}
+    if plan.guidance != 1 or plan.guidance_2 not in (None, 1):
+        prompts["negative"] = plan.negative_prompt
+    return prompts
+
+
 def compute_embeddings(plan, models, device):
     folder = models.folder / "text_encoder"
     encoder = model.TextEncoder.from_pretrained(folder, device, getattr(torch, plan.dtype))
-    prompts = [plan.prompt, plan.negative_prompt]
-    text, negative = model.encode_prompt(encoder, plan.tokenizer, prompts).cpu().split(1)
-    if not (text.isfinite().all() and negative.isfinite().all()):
+    prompts = prompts_of(plan)
+    embeddings = model.encode_prompt(encoder, plan.tokenizer, list(prompts.values())).cpu()
+    if not embeddings.isfinite().all():
         raise UserError(f"{folder}: gives numbers that are not finite; fetch it again")
-    return {"text": text, "negative": negative}
+    return dict(zip(prompts, embeddings.split(1), strict=True))
 
 
 def announce(plan, run):
@@ -173,11 +206,12 @@ def generate(plan, models, prompts, progress):
     return freeswim.generate(
         models.transformer,
         prompts["text"],
-        prompts["negative"],
+        prompts.get("negative"),
         plan.base_shape,
         steps=plan.steps,
         flow_shift=plan.base_shift,
         guidance=plan.guidance,
+        guidance_2=plan.guidance_2,
         generator=torch.Generator().manual_seed(plan.seed),
         progress=progress,
     )
@@ -235,12 +269,13 @@ def refine(plan, models, run, prompts, latents, name, variant):
             models.transformer,
             latents,
             prompts["text"],
-            prompts["negative"],
+            prompts.get("negative"),
             native=plan.native_grid,
             steps=plan.steps,
             strength=plan.strength,
             flow_shift=plan.flow_shift,
             guidance=plan.guidance,
+            guidance_2=plan.guidance_2,
             cache_interval=variant.cache_interval,
             generator=torch.Generator().manual_seed(plan.seed + 1),
             override=variant.override,

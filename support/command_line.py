@@ -105,6 +105,7 @@ RANGES = {  # lowest and highest value
     "seed": (0, 2**63 - 1),
     "strength": (1e-3, 1),
     "guidance": (1e-3, 1000),
+    "guidance_2": (1e-3, 1000),
     "flow_shift": (1e-3, 1000),
     "base_shift": (1e-3, 1000),
     "cache_interval": (1, 1000),
@@ -143,7 +144,7 @@ def check_options(options):
     """Raise UserError, naming the option and the fix, for a value that cannot be."""
     for name, value in options.items():
         option = option_name(name)
-        if value == "" and name != "negative_prompt":
+        if value in ("", [""]) and name != "negative_prompt":
             raise UserError(f"{option} is empty: give it a value, or leave it out")
         if name in RANGES and value is not None:
             low, high = RANGES[name]
@@ -254,7 +255,8 @@ def add_quality(group):
         "--steps",
         type=int,
         metavar="N",
-        help="of the whole noise schedule (default: 30 with the bundled model, 50 with Wan)",
+        help="of the whole noise schedule (default: 30 with the bundled model, 50 with Wan2.1, 40 "
+        "with Wan2.2)",
     )
     add(
         "--strength",
@@ -266,7 +268,27 @@ def add_quality(group):
         "--guidance",
         type=float,
         metavar="SCALE",
-        help="of the classifier-free guidance (default: 2 with the bundled model, 5 with Wan)",
+        help="of the classifier-free guidance; 1 skips the negative prompt (default: 2 with the "
+        "bundled model, 5 with Wan2.1, 4 with Wan2.2)",
+    )
+    add(
+        "--guidance-2",
+        type=float,
+        metavar="SCALE",
+        help="the same for Wan2.2's second expert (default: 3, or --guidance if that is given)",
+    )
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="merge a LoRA into the transformer, also FILE of the hub as owner/name/file; may be "
+        "given several times (default weight: 1)",
+    )
+    add(
+        "--lora-2",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="the same for Wan2.2's second expert",
     )
     add(
         "--flow-shift",
@@ -278,7 +300,7 @@ def add_quality(group):
         "--base-shift",
         type=float,
         metavar="SHIFT",
-        help="of the base clip's noise schedule (default: 3; 5 with Wan 14B)",
+        help="of the base clip's noise schedule (default: 3; 5 with Wan2.1 14B, 12 with Wan2.2)",
     )
     cache = group.add_mutually_exclusive_group()
     cache.add_argument(
@@ -312,6 +334,11 @@ def add_where(group):
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of the transformer and text encoder (default: bfloat16 on a GPU, else float32)",
+    )
+    add(
+        "--vae-dtype",
+        choices=("float32", "float16"),
+        help="of the VAE (default: float16 on a GPU, else float32)",
     )
     add(
         "--features",

@@ -1,10 +1,11 @@
-"""Faster on a GPU, with the same results: compiled blocks, and a tuned window attention.
+"""Faster on a GPU, with the same results: compiled blocks, tuned attention, a faster VAE.
 
 This module is imported on a GPU only, because importing PyTorch's compiler takes seconds. What
 works on the machine is tried at the start of a run, on small inputs. The method's loop does not
 change.
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -20,8 +21,16 @@ from freeswim import (
     inward_mask,
     window_start,
 )
-from model import Block, WanTransformer, full_attention, rotary_table
-from support.parallel import SharedBlock, SharedTransformer, say
+from model import (
+    Block,
+    CausalConv3d,
+    NormSiLU,
+    WanTransformer,
+    WanVAE,
+    full_attention,
+    rotary_table,
+)
+from support.parallel import SharedBlock, SharedTransformer, SharedVAE, say
 
 # --------------------------------------------------------------------------------------------------
 # Compiled blocks
@@ -69,6 +78,105 @@ def transformer_for(device, transformer_class=WanTransformer):
         say(f"transformer blocks run uncompiled, and slower: {summary(error)}")
         return transformer_class
     return COMPILED[transformer_class]
+
+
+# --------------------------------------------------------------------------------------------------
+# The VAE: channels last in memory, as cuDNN wants them, and in float16 if asked for
+#
+# float16 has as many bits of precision as TF32, in which convolutions run otherwise, but a smaller
+# range. Norms are computed in float32, and tiles are blended in float32.
+
+
+@partial(torch.compile, dynamic=True)
+def norm_silu(x, gamma, eps):
+    """NormSiLU in one pass over memory."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps) * gamma
+    return F.silu(normed).to(x.dtype)
+
+
+class FastNormSiLU(NormSiLU):
+    def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return norm_silu(x, self.gamma, self.EPS)
+
+
+class FastCausalConv3d(CausalConv3d):
+    def forward(self, x, history):
+        x = self.with_past(x, history).contiguous(memory_format=torch.channels_last_3d)
+        return torch.nn.Conv3d.forward(self, x)
+
+
+def use_fast_layers(module):
+    """Put fast layers in the place of a module's layers. Their parameters are still to be read."""
+    for name, layer in module.named_children():
+        if type(layer) is NormSiLU:
+            setattr(module, name, FastNormSiLU(len(layer.gamma)))
+        elif type(layer) is CausalConv3d:
+            channels = (layer.in_channels, layer.out_channels)
+            setattr(module, name, FastCausalConv3d(*channels, layer.kernel_size))
+        else:
+            use_fast_layers(layer)
+
+
+class FastVAE(WanVAE):
+    def __init__(self, config):
+        super().__init__(config)
+        use_fast_layers(self)
+        self.in_float16 = None  # a copy, if that is asked for
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cuda", dtype=torch.float32, half=False):
+        """As the WanVAE's. With `half`, it computes in float16."""
+        vae = super().from_pretrained(folder, device, dtype)
+        for parameter in vae.parameters():
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+            elif parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if half:
+            vae.in_float16 = copy.deepcopy(vae).to(torch.float16)
+        return vae
+
+    def encode_tiles(self, pixels):
+        if self.in_float16 is None:
+            return super().encode_tiles(pixels)
+        means = list(self.in_float16.encode_tiles(pixels))
+        if are_finite(means):
+            return means
+        return super().encode_tiles(pixels)  # float16 overflowed
+
+    def decode_tiles(self, latents):
+        if self.in_float16 is None:
+            return super().decode_tiles(latents)
+        pixels = list(self.in_float16.decode_tiles(latents.half()))
+        if are_finite(pixels):
+            return pixels
+        return super().decode_tiles(latents)
+
+
+class FastSharedVAE(FastVAE, SharedVAE):
+    """The same, whose tiles the ranks share."""
+
+
+FAST_VAES = {WanVAE: FastVAE, SharedVAE: FastSharedVAE}
+
+
+def are_finite(chunks):
+    return all(bool(chunk.isfinite().all()) for chunk in chunks)
+
+
+def load_vae(vae_class, folder, device, half, tiles_at_once):
+    """The fast VAE in the place of a `vae_class`, if the compiler works here; else the class's own,
+    in float32. More tiles at once are faster, and take more memory."""
+    try:
+        norm_silu(torch.zeros(1, 4, 1, 2, 2, device=device), torch.ones(4, 1, 1, 1).to(device), 1.0)
+    except Exception as error:  # a compiler can fail in many ways
+        say(f"the VAE runs uncompiled, and slower: {summary(error)}")
+        return vae_class.from_pretrained(folder, device)
+    vae = FAST_VAES[vae_class].from_pretrained(folder, device, half=half)
+    vae.TILES_AT_ONCE = tiles_at_once
+    return vae
 
 
 # --------------------------------------------------------------------------------------------------

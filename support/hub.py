@@ -15,8 +15,10 @@ from huggingface_hub.errors import (
 import model
 from support import UserError
 
+SUPPORTED = "Wan2.1 text-to-video (1.3B, 14B) and Wan2.2-T2V-A14B"
 PARTS = {
     "transformer": model.WanTransformer,
+    "transformer_2": model.WanTransformer,  # only Wan2.2-T2V-A14B has it
     "text_encoder": model.TextEncoder,
     "vae": model.WanVAE,
 }
@@ -39,18 +41,48 @@ def find_model(name):
     return folder
 
 
-def check_pipeline(name, folder):
-    """Raise UserError or CheckpointError unless the folder describes a Wan2.1 text-to-video."""
+def read_index(folder):
+    """The content of a model's model_index.json, or of none."""
     file = folder / "model_index.json"
-    index = model.read_json(file) if file.is_file() else {}
-    kind = index.get("_class_name", "WanPipeline")
-    if index.get("transformer_2", [None, None]) != [None, None]:
-        kind += " with two transformers (Wan2.2)"
-    if kind != "WanPipeline":
+    return model.read_json(file) if file.is_file() else {}
+
+
+def parts_of(folder):
+    """The parts that a model has, {name: class}."""
+    parts = dict(PARTS)
+    if boundary_of(folder) is None:
+        del parts["transformer_2"]
+    return parts
+
+
+def boundary_of(folder):
+    """The timestep at which Wan2.2's first transformer hands over to the second; None if there is
+    only one. Raises UserError if the model does not say."""
+    index = read_index(folder)
+    if index.get("transformer_2") in (None, [None, None]):
+        return None
+    ratio = index.get("boundary_ratio")
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise UserError(
-            f"--model {name}: is a {kind}; supported is the WanPipeline of Wan2.1 text-to-video"
+            f"--model {folder}: has two transformers, but its boundary_ratio is {ratio!r:.99}; "
+            "it must be a number between 0 and 1"
         )
+    return 1000 * ratio
+
+
+def check_pipeline(name, folder):
+    """Raise UserError or CheckpointError unless the folder describes a model that is supported."""
+    index = read_index(folder)
+    kind = index.get("_class_name", "WanPipeline")
+    if index.get("expand_timesteps"):
+        kind = "Wan2.2-TI2V"
+    if kind != "WanPipeline":
+        raise UserError(f"--model {name}: is a {kind:.99}; supported are {SUPPORTED}")
     transformer = model.build(model.WanTransformer, folder / "transformer")
+    if boundary_of(folder) is not None:
+        second = model.build(model.WanTransformer, folder / "transformer_2")
+        if second.config != transformer.config:
+            raise UserError(f"--model {name}: its two transformers differ; they are of two models")
     encoder = model.build(model.TextEncoder, folder / "text_encoder")
     model.build(model.WanVAE, folder / "vae")
     if encoder.shared.embedding_dim != transformer.config["text_dim"]:
@@ -100,7 +132,7 @@ def check_weights(name, folder):
     """Raise CheckpointError or UserError unless all weights of a model are there. Only headers are
     read."""
     try:
-        for part, cls in PARTS.items():
+        for part, cls in parts_of(folder).items():
             model.find_weights(model.build(cls, folder / part), folder / part)
     except model.CheckpointError as error:
         if Path(name).is_dir():

@@ -129,6 +129,11 @@ class Placement:
     cache_on_cpu: bool
     stream_weights: bool
 
+    @property
+    def is_tight(self):
+        """Whether the GPU cannot hold everything."""
+        return self.cache_on_cpu or self.stream_weights
+
 
 def plan_memory(plan, transformer, device):
     """The Placement of a run: what the user has said, else what fits into the GPU's free memory. A

@@ -202,11 +202,11 @@ class SharedTransformer(WanTransformer):
             block.ring = self.ring
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, shard=False):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, adjust=None, shard=False):
         """With `shard`, the blocks' weights are spread over the ranks too (FSDP2). They are read
         one block at a time."""
         if not shard:
-            return super().from_pretrained(folder, device, dtype)
+            return super().from_pretrained(folder, device, dtype, adjust)
         from torch.distributed.fsdp import fully_shard  # takes a second to import
 
         transformer = build(cls, folder)
@@ -214,14 +214,15 @@ class SharedTransformer(WanTransformer):
         ranks = (dist.get_world_size(),)
         mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, ranks)
         for index, block in enumerate(transformer.blocks):
-            read_weights(transformer, sources, device, dtype, prefix=f"blocks.{index}.")
+            prefix = f"blocks.{index}."
+            read_weights(transformer, sources, device, dtype, prefix, adjust)
             fully_shard(block, mesh=mesh)
         transformer.ring.extend(transformer.blocks)
         rest = {}
         for name, source in sources.items():
             if not name.startswith("blocks."):
                 rest[name] = source
-        return read_weights(transformer, rest, device, dtype)
+        return read_weights(transformer, rest, device, dtype, adjust=adjust)
 
     def embed(self, latents, timestep, text):
         tokens, time_emb, modulation, context, rotary = super().embed(latents, timestep, text)

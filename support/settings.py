@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 import model
-from support import UserError, hub, media
+from support import UserError, hub, lora, media
 from support.command_line import is_launched, option_name, parse_rate, parse_size
 from support.run import RunRecord, check_output, read_record
 
@@ -32,9 +32,11 @@ class Preset:
     fps: int  # frames per second
     base_shift: float  # flow shift of the base generation
     flow_shift: float  # flow shift of the refinement
+    compare_shift: float  # the same with --compare: one at which windows alone go wrong
     steps: int  # of the whole noise schedule
     strength: float  # share of them that the refinement runs
     guidance: float
+    guidance_2: float | None  # of Wan2.2's second expert; None for the same
     text_length: int  # tokens to which prompts are padded with zeros, which cross-attention sees
     upright: bool  # whether it was also trained on frames higher than wide
     prompt: str
@@ -60,9 +62,11 @@ BUNDLED = Preset(
     fps=16,
     base_shift=3.0,
     flow_shift=1.0,
+    compare_shift=6.0,
     steps=30,
     strength=0.7,
     guidance=2.0,
+    guidance_2=None,
     text_length=32,
     upright=False,
     prompt=FISH,
@@ -75,25 +79,30 @@ WAN_1_3B = Preset(
     fps=16,
     base_shift=3.0,
     flow_shift=9.0,
+    compare_shift=9.0,
     steps=50,
     strength=0.7,
     guidance=5.0,
+    guidance_2=None,
     text_length=512,
     upright=True,
     prompt=CAT,
     negative_prompt=BLUR,
 )
 WAN_14B = replace(WAN_1_3B, height=720, width=1280, base_shift=5.0)
+WAN_2_2_14B = replace(WAN_14B, base_shift=12.0, steps=40, guidance=4.0, guidance_2=3.0)
 PRESETS = {240: BUNDLED, 1536: WAN_1_3B, 5120: WAN_14B}  # by the transformer's width in channels
 
 
-def find_preset(name, folder):
-    transformer = model.build(model.WanTransformer, folder / "transformer")
+def find_preset(name, transformer, boundary):
     width = transformer.heads * transformer.head_dim
     if width not in PRESETS:
         raise UserError(
-            f"--model {name}: a transformer {width} wide is not Wan2.1 text-to-video (1536 or 5120)"
+            f"--model {name}: its transformer is {width} wide; supported are {hub.SUPPORTED}, "
+            "which are 1536 or 5120 wide"
         )
+    if boundary is not None and width == 5120:
+        return WAN_2_2_14B
     return PRESETS[width]
 
 
@@ -121,6 +130,9 @@ class Plan:
     steps: int  # of the whole noise schedule
     strength: float  # share of the steps that the refinement runs
     guidance: float
+    guidance_2: float | None  # of Wan2.2's second expert; None for the same
+    boundary: float | None  # timestep at which that one takes over; None if there is none
+    lora_changes: dict  # what LoRA files add, {part of the model: {tensor: [lora.Change]}}
     base_shift: float  # flow shift of the base generation
     flow_shift: float  # flow shift of the refinement
     cache_interval: int | None  # steps from one full path to the next; None for no cache
@@ -128,6 +140,7 @@ class Plan:
     compare: bool  # also run the ablations
     device: str  # "cpu", "cuda" or "cuda:N"
     dtype: str  # "float32" or "bfloat16", of transformer and text encoder
+    vae_dtype: str  # "float32" or "float16"
     features: str | None  # where the cross-attention cache is, "gpu" or "cpu"; None: where it fits
     offload: bool | None  # whether weights are streamed from CPU memory; None: if they do not fit
     shard_weights: bool  # whether processes share the weights
@@ -171,12 +184,16 @@ DEFAULTS = {  # None is left to the model's preset, to the clip or to the machin
     "steps": None,
     "strength": None,
     "guidance": None,
+    "guidance_2": None,
+    "lora": (),
+    "lora_2": (),
     "flow_shift": None,
     "base_shift": None,
     "cache_interval": 5,
     "compare": False,
     "device": None,
     "dtype": None,
+    "vae_dtype": None,
     "features": None,
     "offload": None,
     "shard_weights": False,
@@ -196,6 +213,7 @@ AS_TYPED = (  # options that the plan has as they are
     "steps",
     "strength",
     "guidance",
+    "guidance_2",
     "base_shift",
     "flow_shift",
     "cache_interval",
@@ -203,6 +221,7 @@ AS_TYPED = (  # options that the plan has as they are
     "compare",
     "device",
     "dtype",
+    "vae_dtype",
     "features",
     "offload",
     "shard_weights",
@@ -214,8 +233,6 @@ FROM_PRESET = (
     "frames",
     "steps",
     "strength",
-    "guidance",
-    "flow_shift",
     "base_shift",
 )
 
@@ -230,14 +247,24 @@ def make_plan(typed):
     options = settle_options(typed, begun)
     check_names(options)
     settle_device(options)
+    loras = settle_loras(options)
     folder = hub.find_model(options["model"])
-    preset = find_preset(options["model"], folder)
+    boundary = hub.boundary_of(folder)
+    transformer = model.build(model.WanTransformer, folder / "transformer")
+    preset = find_preset(options["model"], transformer, boundary)
+    check_second_expert(options, boundary)
+    lora_changes = {
+        "transformer": lora.find_changes(transformer, loras["lora"]),
+        "transformer_2": lora.find_changes(transformer, loras["lora_2"]),
+    }
     explicit_frames = options["frames"]
+    notes = settle_flow_shift(options, preset)
+    notes += settle_guidance(options, preset)
     fill_from_preset(options, preset)
     check_placement(options)
     check_steps(options)
     tokenizer = model.load_tokenizer(folder / "tokenizer", preset.text_length)
-    notes = check_prompt(options["prompt"], tokenizer, preset)
+    notes += check_prompt(options["prompt"], tokenizer, preset)
 
     clip = None
     base_size = (preset.height, preset.width)
@@ -262,6 +289,8 @@ def make_plan(typed):
         folder=folder,
         preset=preset,
         tokenizer=tokenizer,
+        boundary=boundary,
+        lora_changes=lora_changes,
         native=native,
         target=target,
         computed=covered(target),
@@ -269,7 +298,7 @@ def make_plan(typed):
         fps=parse_rate(str(options["fps"])),
         output=Path(options["output"]),
         resumes=begun is not None,
-        record=make_record(options, covered(target), clip, begun),
+        record=make_record(options, covered(target), clip, loras, begun),
         notes=tuple(notes),
         **{name: options[name] for name in AS_TYPED},
     )
@@ -277,12 +306,64 @@ def make_plan(typed):
     return plan
 
 
+def settle_flow_shift(options, preset):
+    """The refinement's flow shift, and a note if --compare chooses another than usual."""
+    if options["flow_shift"] is not None:
+        return []
+    options["flow_shift"] = preset.flow_shift
+    if not options["compare"] or preset.compare_shift == preset.flow_shift:
+        return []
+    options["flow_shift"] = preset.compare_shift
+    return [
+        f"--compare refines at flow shift {preset.compare_shift:g}, where windows alone go wrong, "
+        f"instead of {preset.flow_shift:g}; --flow-shift chooses another"
+    ]
+
+
+def settle_guidance(options, preset):
+    """Guidance of both experts, and a note on LoRAs that want none."""
+    notes = []
+    if (options["lora"] or options["lora_2"]) and options["resume"] is None:
+        if options["steps"] is None and options["guidance"] is None:
+            notes.append(
+                "LoRAs distilled to few steps want them, and no guidance: "
+                "--steps 4 --guidance 1 --flow-shift 5 --base-shift 5"
+            )
+    if options["guidance"] is None:
+        options["guidance"] = preset.guidance
+        if options["guidance_2"] is None:
+            options["guidance_2"] = preset.guidance_2
+    return notes
+
+
+def settle_loras(options):
+    """The files that --lora and --lora-2 name, {option: [Lora]}. Names become absolute."""
+    loras = {}
+    for name in ("lora", "lora_2"):
+        loras[name] = [lora.parse_lora(option_name(name), text) for text in options[name]]
+        options[name] = [f"{found.file}:{found.weight:g}" for found in loras[name]]
+    return loras
+
+
+def check_second_expert(options, boundary):
+    """Raise UserError for an option of Wan2.2's second expert where there is none."""
+    for name in ("guidance_2", "lora_2"):
+        if options[name] and boundary is None:
+            raise UserError(
+                f"{option_name(name)}: this model has one transformer; only Wan2.2-T2V-A14B has "
+                "a second one"
+            )
+
+
 def fill_from_preset(options, preset):
     for name in FROM_PRESET:
         if options[name] is None:
             options[name] = getattr(preset, name)
+    on_cpu = options["device"] == "cpu"
     if options["dtype"] is None:
-        options["dtype"] = "float32" if options["device"] == "cpu" else "bfloat16"
+        options["dtype"] = "float32" if on_cpu else "bfloat16"
+    if options["vae_dtype"] is None:
+        options["vae_dtype"] = "float32" if on_cpu else "float16"
 
 
 def written_rate(fps):
@@ -366,6 +447,8 @@ def settle_device(options):
 
 def check_placement(options):
     several = is_launched()
+    if options["vae_dtype"] == "float16" and options["device"] == "cpu":
+        raise UserError("--vae-dtype float16: needs a GPU; on a CPU, choose float32")
     if options["shard_weights"] and not several:
         raise UserError(
             "--shard-weights: needs several processes; start them with "
@@ -552,10 +635,29 @@ def covered(target):
 # The record
 
 
-def make_record(options, computed, clip, begun):
+def fingerprints_of_loras(loras):
+    """{"lora FILE": a few letters}."""
+    found = {}
+    for lora_file in [*loras["lora"], *loras["lora_2"]]:
+        found[f"lora {lora_file.file}"] = hub.fingerprint_of_file(lora_file.file)
+    return found
+
+
+def check_same_loras(options, loras, begun):
+    """Raise UserError if a LoRA of the resumed run is another file now."""
+    for name, value in fingerprints_of_loras(loras).items():
+        if begun.fingerprints.get(name) != value:
+            raise UserError(
+                f"--resume {options['output']}: its {name} is not what it began with; put that "
+                "back, or begin anew"
+            )
+
+
+def make_record(options, computed, clip, loras, begun):
     """What run.json holds of a run."""
     settings = {name: options[name] for name in sorted(DEFAULTS.keys() - NOT_RECORDED)}
     fingerprints = {name: fingerprint(value) for name, value in settings.items()}
+    fingerprints |= fingerprints_of_loras(loras)
     stages = {}
     sound = None
     if begun is not None:
@@ -564,6 +666,7 @@ def make_record(options, computed, clip, begun):
         for name in ("clip", "weights"):
             if name in begun.fingerprints:
                 fingerprints[name] = begun.fingerprints[name]
+        check_same_loras(options, loras, begun)
     elif clip is not None:
         fingerprints["clip"] = hub.fingerprint_of_file(Path(options["base_video"]))
         if clip.has_sound:

@@ -233,3 +233,75 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     assert placement == memory.Placement(features == "cpu", stream_weights)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"of {free}" in said
+
+
+# --------------------------------------------------------------------------------------------------
+# The VAE
+
+
+@pytest.fixture
+def uncompiled():
+    """What is compiled on a GPU runs as it is written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("tiles_at_once", [1, 3, 4])
+def test_the_fast_vae_is_the_vae(uncompiled, case, tiles_at_once):
+    """In float32, in tiles, several of them at once."""
+    plain = load("wide").vae
+    plain.TILE, plain.STRIDE = 8, 6
+    folder = REFERENCE / "wide" / "vae"
+    quick = fast.load_vae(model.WanVAE, folder, torch.device("cpu"), False, tiles_at_once)
+    assert type(quick) is fast.FastVAE
+    quick.TILE, quick.STRIDE = 8, 6
+    names = list(plain.state_dict())
+    assert list(quick.state_dict()) == names
+    video = torch.rand(2, 3, 5, 136, 168, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = plain.encode(video)
+    assert relative(quick.encode(video), latents) <= 1e-5
+    assert relative(quick.decode(latents), plain.decode(latents)) <= 1e-5
+
+
+def test_tiles_in_groups():
+    """Neighbours of one size together, all in order."""
+    vae = load("wide").vae
+    tiles = vae.tiles(60, 130, 1, True, torch.zeros(1))
+    for count in (1, 2, 4):
+        groups = model.tile_groups(tiles, count)
+        assert [tile for group in groups for tile in group] == tiles
+        assert all(len({tile.size for tile in group}) == 1 for group in groups)
+        assert max(len(group) for group in groups) == count
+
+
+def test_the_vae_in_float16(uncompiled):
+    """Much nearer to float32 than bfloat16 is, and in float32 where it overflows."""
+    folder = REFERENCE / "wide" / "vae"
+    plain = load("wide").vae
+    rough = model.WanVAE.from_pretrained(folder, dtype=torch.bfloat16)
+    half = fast.load_vae(model.WanVAE, folder, torch.device("cpu"), True, 4)
+    video = torch.rand(1, 3, 5, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = plain.encode(video)
+    encoded = half.encode(video)
+    assert encoded.dtype == torch.float32
+    assert 1e-6 < relative(encoded, latents) <= 0.25 * relative(rough.encode(video), latents)
+    decoded = plain.decode(latents)
+    error = relative(half.decode(latents), decoded)
+    assert 1e-6 < error <= 0.25 * relative(rough.decode(latents.bfloat16()), decoded)
+
+    last = half.in_float16.decoder.conv_out
+    last.bias.data.fill_(torch.inf)  # as an overflow would
+    assert relative(half.decode(latents), plain.decode(latents)) <= 1e-5
+    half.in_float16.quant_conv.bias.data.fill_(torch.inf)
+    assert relative(half.encode(video), latents) <= 1e-5
+
+
+def test_without_a_compiler_the_vae_is_the_plain_one(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fast, "norm_silu", broken)
+    folder = REFERENCE / "wide" / "vae"
+    vae = fast.load_vae(model.WanVAE, folder, torch.device("cpu"), True, 4)
+    assert type(vae) is model.WanVAE
+    assert "the VAE runs uncompiled" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""The documents say what is true: the Python example runs as printed, links and options exist."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from command import ROOT, parse
+
+DOCUMENTS = sorted(
+    file for file in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(file.parts)
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_fits():
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_python_example(tmp_path):
+    """It runs word for word, and prints what the README says."""
+    code, following = re.search(r"```python\n(.*?)```\n(.*?)\n\n", README, re.DOTALL).groups()
+    printed = re.search(r"It prints `(.*)`", following + README.split("```python")[1]).group(1)
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == printed
+    assert (tmp_path / "fish.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    text = file.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        linked = file.parent / path if path else file
+        assert linked.exists(), f"{file}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in headings], target
+
+
+def test_options_in_documents_exist(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    known = set(re.findall(r"--[a-z-]+[a-z0-9]", capsys.readouterr().out))
+    for file in DOCUMENTS:
+        for command in re.findall(r"sample\.py[^`\n]*", file.read_text(encoding="utf-8")):
+            for option in re.findall(r"--[a-z-]+[a-z0-9]", command.partition("sample.py")[2]):
+                assert option in known, f"{file}: {option}"
+
+
+def test_programs_in_documents_exist():
+    for file in DOCUMENTS:
+        text = file.read_text(encoding="utf-8")
+        for program in re.findall(r"(?:python|pytest) ([\w/]+\.py)", text):
+            assert (ROOT / program).is_file(), f"{file}: {program}"
+        for module in re.findall(r"python -m (tiny\.\w+)", text):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{file}: {module}"
+
+
+def test_lengths_of_files():
+    for name, lines in re.findall(r"^\| \[`([\w./]+)`\].*?\| (\d+) \|", README, re.MULTILINE):
+        path = ROOT / name
+        files = [path] if path.is_file() else list(path.glob("*.py"))
+        count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert abs(count - int(lines)) <= 0.1 * count, f"{name} has {count} lines"
