@@ -322,7 +322,7 @@ def prepare_attention(transformer, latents, native, scale_tokens, window_attenti
     if window_attention is None:
         window_attention = flex_window if latents.is_cuda else grouped_window
     attend_window = window_attention(grid, window, scale, device=latents.device)
-    attend_full = partial(full_attention, scale=scale)
+    attend_full = partial(transformer.full_attention, scale=scale)
     return attend_window, attend_full
 
 

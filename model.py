@@ -229,7 +229,8 @@ class WanTransformer(nn.Module):
         ".ffn.0.": ".ffn.net.0.proj.",
         ".ffn.2.": ".ffn.net.2.",
     }
-    block = Block  # subclasses have other blocks
+    block = Block  # subclasses have other blocks,
+    full_attention = staticmethod(full_attention)  # and another self-attention
     boundary = 0  # it serves timesteps from here on: all. Wan2.2 has a second one for the rest
 
     def __init__(self, config):
@@ -318,9 +319,11 @@ class WanTransformer(nn.Module):
         patches = patches.permute(0, 6, 3, 1, 4, 2, 5)  # (B, 16, T, H, 2, W, 2)
         return patches.flatten(5, 6).flatten(3, 4)
 
-    def forward(self, latents, timestep, text, attend=full_attention):
+    def forward(self, latents, timestep, text, attend=None):
         """The velocity, noise - clean, at `latents`: float32, in their shape. Inputs are as in
-        `embed`."""
+        `embed`. `attend` is the self-attention, by default the transformer's full attention."""
+        if attend is None:
+            attend = self.full_attention
         _, _, frames, height, width = latents.shape
         tokens, time_emb, modulation, context, rotary = self.embed(latents, timestep, text)
         for block in self.blocks:

@@ -16,12 +16,19 @@ purple red right sandy seaweed small spotted striped swim swims two with yellow.
     a large pink spotted fish swims left above a sandy floor
 """
 
-from support.command_line import fail, handle_signals, parse_arguments, protect_streams
+from support.command_line import (
+    fail,
+    handle_signals,
+    parse_arguments,
+    protect_streams,
+    set_allocator,
+)
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     protect_streams()
     handle_signals()
     ARGUMENTS = parse_arguments(__doc__)
+    set_allocator()
 
 import hashlib
 import time
@@ -93,18 +100,20 @@ def load_models(plan, run):
         window_attention = freeswim.grouped_window
         empty = model.build(transformer_class, folder / "transformer")
         placement = memory.plan_memory(plan, empty, device)
+        run.relief = memory.relief(placement, device)
         if device.type == "cuda":
             from support import fast  # it imports PyTorch's compiler, which takes seconds
 
-            transformer_class = fast.transformer_for(device, transformer_class)
-            dtype = getattr(torch, plan.dtype)
-            window_attention = fast.window_for(device, dtype, empty.head_dim)
+            kind = (device, getattr(torch, plan.dtype), empty.head_dim)
+            transformer_class = fast.transformer_for(*kind, transformer_class)
+            window_attention = fast.window_for(*kind)
 
         load = partial(load_transformer, plan, device, folder, transformer_class, placement)
         if plan.boundary is None:
             transformer = load("transformer")
         else:
-            transformer = Experts(load, plan.boundary, empty.head_dim)
+            like = model.build(transformer_class, folder / "transformer")
+            transformer = Experts(load, plan.boundary, like)
         if device.type == "cuda":
             half = plan.vae_dtype == "float16"
             tiles_at_once = 1 if placement.is_tight else 4

@@ -13,10 +13,12 @@ class Experts:
     `load(name)` returns one of them. Each is loaded when its steps begin, after the other has gone.
     """
 
-    def __init__(self, load, boundary, head_dim):
+    def __init__(self, load, boundary, like):
+        """`like` is a transformer of their kind; it needs no weights."""
         self.load = load
         self.boundary = boundary  # a timestep, from 0 to 1000
-        self.head_dim = head_dim
+        self.head_dim = like.head_dim
+        self.full_attention = like.full_attention
         self.name = None
         self.network = None
 

@@ -157,6 +157,20 @@ def plan_memory(plan, transformer, device):
     return Placement(cache_on_cpu, stream_weights)
 
 
+def relief(placement, device):
+    """What helps next when memory is full."""
+    smaller = "a lower --size or --frames"
+    if device.type == "cpu":
+        return f"free some, or begin with {smaller}"
+    if not placement.cache_on_cpu:
+        return f"go on with --features cpu, or begin with {smaller}"
+    if not placement.stream_weights:
+        if world_size() > 1:
+            return f"go on with --shard-weights, or begin with {smaller}"
+        return f"go on with --offload, or begin with {smaller}"
+    return f"begin with {smaller}"
+
+
 @dataclass(frozen=True)
 class Needed:
     """Bytes that one process needs on its GPU."""

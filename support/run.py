@@ -185,6 +185,7 @@ class Run:
         self.output = plan.output
         self.state = plan.output / "state"
         self.lock = None  # a descriptor of the folder, in the process that writes
+        self.relief = "free some, or begin with a lower --size or --frames"  # if memory is full
         self.record = plan.record
         self.record.device = device_name(device)
         self.record.versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -286,7 +287,7 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # or what is queued counts for the next stage
         except (MemoryError, RuntimeError) as error:
-            raise explained(error, name, self.resume_hint()) from None
+            raise explained(error, name, self.relief, self.resume_hint()) from None
         finally:
             before = self.record.stages.get(name, {"seconds": 0})
             seconds = before["seconds"] + time.time() - start
@@ -324,15 +325,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def explained(error, stage, hint):
+def explained(error, stage, relief, hint):
     """What to raise for an error of PyTorch, which has one exception for much: a RunError with the
     stage and the way on, or the error itself, if it is a bug."""
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or "t allocate memory" in str(error):
-        return RunError(
-            f'out of memory in the stage "{stage}": free some, or begin with a lower --size or '
-            f"--frames; {hint}"
-        )
+        return RunError(f'out of memory in the stage "{stage}": {relief}; {hint}')
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return RunError(f'another process ended in the stage "{stage}"; {hint}')
     return error

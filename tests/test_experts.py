@@ -14,7 +14,7 @@ from references import REFERENCE, load
 from safetensors.torch import save_file
 
 from freeswim import FlowUniPC, generate, refine, steps_that_read_cache
-from model import WanTransformer, checkpoint_name
+from model import WanTransformer, build, checkpoint_name
 from support import UserError, hub
 from support.experts import Experts
 from support.settings import PRESETS, WAN_2_2_14B, find_preset
@@ -35,7 +35,7 @@ def two_experts(changes_second=True, **options):
             randomise(transformer, seed=2)
         return transformer
 
-    return Experts(load_one, BOUNDARY, head_dim=20)
+    return Experts(load_one, BOUNDARY, like=build(WanTransformer, FOLDERS["transformer"]))
 
 
 class One(WanTransformer):
@@ -203,7 +203,7 @@ def test_memory_never_holds_both():
 
     gc.disable()  # nothing may depend on when Python collects
     try:
-        experts = Experts(load_one, BOUNDARY, head_dim=20)
+        experts = Experts(load_one, BOUNDARY, like=build(WanTransformer, FOLDERS["transformer"]))
         text, negative = texts()
         generate(experts, text, negative, (1, 16, 2, 8, 10), steps=6, flow_shift=5.0)
         refined(experts, cache_interval=2)

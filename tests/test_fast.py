@@ -15,7 +15,7 @@ from references import REFERENCE, load, refined
 
 import freeswim
 import model
-from support import fast, memory
+from support import fast, memory, parallel
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,8 @@ def test_without_flash_attention_the_line_names_it(monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_transformer_is_the_same():
     case = load("odd")
-    assert fast.transformer_for(torch.device("cpu")) is fast.CompiledTransformer
+    found = fast.transformer_for(torch.device("cpu"), torch.float32, 20)
+    assert found is fast.CompiledTransformer
     expected = refined(case, cache_interval=2)
     folder = REFERENCE / "odd" / "transformer"
     case.transformer = fast.CompiledTransformer.from_pretrained(folder)
@@ -165,8 +166,55 @@ def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, capsys):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(fast.CompiledBlock, "self_attention", fail)
-    assert fast.transformer_for(torch.device("cpu")) is model.WanTransformer
+    found = fast.transformer_for(torch.device("cpu"), torch.float32, 20)
+    assert found is model.WanTransformer
     assert "uncompiled, and slower: RuntimeError: Failed to find" in capsys.readouterr().err
+
+
+def standing_in(query, key, value, softmax_scale=None):
+    """What flash_attn.cute.flash_attn_func takes and gives, (B, N, heads, head_dim), by PyTorch."""
+    parts = [part.transpose(1, 2) for part in (query, key, value)]
+    attended = torch.nn.functional.scaled_dot_product_attention(*parts, scale=softmax_scale)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("error, name", [(0, "Flash"), (0.1, "Compiled")])
+def test_full_attention_through_flash_attention(monkeypatch, capsys, error, name):
+    """With a package that stands in for it: taken if it agrees, and used in every full path."""
+    called = []
+
+    def flash_attn_func(*parts, softmax_scale=None):
+        called.append(softmax_scale)
+        attended, _ = standing_in(*parts, softmax_scale=softmax_scale)
+        return attended + error, None
+
+    package = SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=package))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    classes = {
+        model.WanTransformer: f"{name}Transformer",
+        parallel.SharedTransformer: f"{name}SharedTransformer",
+    }
+    for base, expected_name in classes.items():
+        found = fast.transformer_for(torch.device("cpu"), torch.float32, 20, base)
+        assert found.__name__ == expected_name and issubclass(found, base)
+    said = capsys.readouterr().err
+    if error:
+        assert "full attention by PyTorch; not flash-attn-4: ValueError: its result is off" in said
+        return
+    assert "full attention by flash-attn-4" in said
+
+    case = load("odd")
+    expected = refined(case)
+    called.clear()
+    case.transformer = fast.FlashTransformer.from_pretrained(REFERENCE / "odd" / "transformer")
+    assert relative(refined(case), expected) <= 1e-5
+    assert set(called) == {freeswim.attention_scale(20, 1560)}
+    called.clear()
+    given = case.expected
+    case.transformer(given["latents"], given["timestep"], given["text"])
+    assert called == [None] * len(case.transformer.blocks)  # 3 heads at once
 
 
 def test_refine_takes_another_window(case):

@@ -1,0 +1,167 @@
+"""Several GPUs beside one, in the same run:
+
+    torchrun --nproc-per-node N tests/bench/several.py
+
+The first process works alone while the others wait, then all of them share the work. Random weights
+of the 1.3B's dimensions in bfloat16, 81 frames of 1920x1088. Passes of three blocks are timed; a
+step is worked out from them for 30, as all blocks are alike. Memory is the allocated peak of one
+GPU.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+BENCH = Path(__file__).parent
+sys.path[:0] = [str(BENCH), str(BENCH.parent), str(BENCH.parent.parent)]
+from speed import HD, HEAD_DIM, HEADS, LAYERS, PUBLISHED, SCALE, WINDOW, inputs, random_transformer
+
+from freeswim import predict_cached, predict_dual
+from model import WanTransformer, WanVAE, full_attention
+from support import fast, parallel
+
+BLOCKS = 3
+REPEATS = 3
+
+
+def say(*words):
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def clock(function, together):
+    """The median of a few calls in seconds, after one that compiles, and the peak in GiB."""
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        if together:
+            dist.barrier()
+        start = time.time()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.time() - start)
+    return sorted(times)[REPEATS // 2], torch.cuda.max_memory_allocated() / 2**30
+
+
+def step_seconds(transformer_class, window_attention, together):
+    """Seconds of a step with cache interval 5 and without cache, and the peak in GiB."""
+    transformer = random_transformer(transformer_class, BLOCKS)
+    given = inputs(HD)
+    attend = window_attention(HD, WINDOW, SCALE)
+    attend_full = partial(transformer.full_attention, scale=SCALE)
+    cache = {}
+    peaks = []
+
+    def seconds_of(function):
+        seconds, peak = clock(function, together)
+        peaks.append(peak)
+        return seconds
+
+    embedding = seconds_of(partial(transformer.embed, *given))
+
+    def for_all_blocks(function):
+        seconds = seconds_of(function)
+        return (seconds - embedding) / BLOCKS * LAYERS + embedding
+
+    dual = for_all_blocks(partial(predict_dual, transformer, *given, attend, attend_full, cache))
+    cached = for_all_blocks(partial(predict_cached, transformer, *given, attend, cache))
+    window = for_all_blocks(partial(transformer, *given, attend))
+    return (dual + 4 * cached) / 5 + window, 2 * dual, max(peaks)
+
+
+def step_table():
+    say(f"\n| {LAYERS} blocks | step, cache 5, s | step, no cache, s | peak, GiB |")
+    say("|---|---|---|---|")
+    choices = {
+        "Triton": (
+            fast.CompiledTransformer,
+            fast.CompiledSharedTransformer,
+            fast.tuned_window,
+        ),
+        "flash-attn-4": (fast.FlashTransformer, fast.FlashSharedTransformer, fast.flash_window),
+    }
+    for name, (alone, shared, window_attention) in choices.items():
+        try:
+            fast.try_window(window_attention, torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+        except Exception as error:  # not installed, or not for this GPU
+            say(f"without {name}: {type(error).__name__}: {str(error)[:99]}")
+            continue
+        one = None
+        if dist.get_rank() == 0:
+            one = step_seconds(alone, window_attention, together=False)
+            say(f"| one process, {name} | {one[0]:.2f} | {one[1]:.2f} | {one[2]:.1f} |")
+        dist.barrier()
+        several = step_seconds(shared, window_attention, together=True)
+        if one is not None:
+            say(
+                f"| {dist.get_world_size()} processes, {name} | "
+                f"{several[0]:.2f}, {one[0] / several[0]:.2f} times as fast | "
+                f"{several[1]:.2f}, {one[1] / several[1]:.2f} times | {several[2]:.1f} |"
+            )
+        dist.barrier()
+
+
+def exchange_table():
+    """One trade of queries from tokens to heads; a self-attention has four."""
+    say("\n| exchange of one tensor | bytes sent by each | ms | GB/s |\n|---|---|---|---|")
+    ranks = dist.get_world_size()
+    num_tokens = math.prod(HD)
+    shape = (1, HEADS, num_tokens // ranks, HEAD_DIM)
+    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    seconds, _ = clock(partial(parallel.trade, query, 1, 2, num_tokens // ranks * ranks), True)
+    sent = query.numel() * query.element_size() * (ranks - 1) // ranks
+    say(
+        f"| (1, {HEADS}, {shape[2]}, {HEAD_DIM}) | {sent} | {1000 * seconds:.2f} | "
+        f"{sent / seconds / 1e9:.0f} |"
+    )
+
+
+def vae_table():
+    say("\n| VAE, 17 frames of 1920x1088 | encode, s | decode, s | peak, GiB |\n|---|---|---|---|")
+    video = torch.rand(1, 3, 17, 1088, 1920, device="cuda") * 2 - 1
+    latents = torch.randn(1, 16, 5, 136, 240, device="cuda")
+    config = json.loads((PUBLISHED / "vae" / "config.json").read_text(encoding="utf-8"))
+    for name, cls, shared in (
+        ("plain, TF32", WanVAE, parallel.SharedVAE),
+        ("fast, TF32", fast.FastVAE, fast.FastSharedVAE),
+    ):
+        results = []
+        for vae_class, together in ((cls, False), (shared, True)):
+            if together or dist.get_rank() == 0:
+                torch.manual_seed(0)
+                with torch.device("cuda"):
+                    vae = vae_class(config).eval().requires_grad_(False)
+                vae.TILES_AT_ONCE = 4 if "fast" in name else 1
+                encode, _ = clock(partial(vae.encode, video), together)
+                decode, peak = clock(partial(vae.decode, latents), together)
+                results.append((encode, decode, peak))
+            dist.barrier()
+        for processes, (encode, decode, peak) in zip(
+            (1, dist.get_world_size())[-len(results) :], results, strict=True
+        ):
+            say(f"| {name}, {processes} | {encode:.2f} | {decode:.2f} | {peak:.1f} |")
+
+
+@torch.no_grad()
+def main():
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    say(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"))
+    say(f"{dist.get_world_size()} processes; full attention by {full_attention.__name__}")
+    step_table()
+    exchange_table()
+    vae_table()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
