@@ -24,7 +24,7 @@ sys.path[:0] = [str(BENCH), str(BENCH.parent), str(BENCH.parent.parent)]
 from speed import HD, HEAD_DIM, HEADS, LAYERS, PUBLISHED, SCALE, WINDOW, inputs, random_transformer
 
 from freeswim import predict_cached, predict_dual
-from model import WanTransformer, WanVAE, full_attention
+from model import WanVAE, full_attention
 from support import fast, parallel
 
 BLOCKS = 3
