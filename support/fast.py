@@ -175,14 +175,17 @@ class FastVAE(WanVAE):
     def from_pretrained(cls, folder, device="cuda", dtype=torch.float32, half=False):
         """As the WanVAE's. With `half`, it computes in float16."""
         vae = super().from_pretrained(folder, device, dtype)
-        for parameter in vae.parameters():
+        vae.use_channels_last()
+        if half:
+            vae.in_float16 = copy.deepcopy(vae).to(torch.float16)
+        return vae
+
+    def use_channels_last(self):
+        for parameter in self.parameters():
             if parameter.ndim == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
             elif parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        if half:
-            vae.in_float16 = copy.deepcopy(vae).to(torch.float16)
-        return vae
 
     def encode_tiles(self, pixels):
         if self.in_float16 is None:

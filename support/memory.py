@@ -144,15 +144,14 @@ def plan_memory(plan, transformer, device):
     needed = memory_needed(plan, transformer)
     cache_on_cpu = plan.features == "cpu"
     if plan.features is None:
-        cache_on_cpu = needed.total > free
-    on_gpu = needed.total - (needed.cache if cache_on_cpu else 0)
+        cache_on_cpu = needed.on_gpu() > free
     stream_weights = plan.offload
     if stream_weights is None:
-        stream_weights = world_size() == 1 and on_gpu > free
+        stream_weights = world_size() == 1 and needed.on_gpu(cache_on_cpu) > free
     say(
         f"features on the {'CPU' if cache_on_cpu else 'GPU'}, "
         f"weights on the {'CPU' if stream_weights else 'GPU'}: all on the GPU would take about "
-        f"{needed.total / 2**30:.0f} GiB of {free / 2**30:.0f}"
+        f"{needed.on_gpu() / 2**30:.0f} GiB of {free / 2**30:.0f}"
     )
     return Placement(cache_on_cpu, stream_weights)
 
@@ -175,13 +174,23 @@ def relief(placement, device):
 class Needed:
     """Bytes that one process needs on its GPU."""
 
-    weights: int
-    working: int  # tensors of all its tokens, chunks of the feed-forward network, the VAE
-    cache: int
+    blocks: int  # weights of the transformer's blocks
+    block: int  # those of one
+    other_weights: int  # its other weights, and the VAE's
+    working: int  # tensors of all its tokens, chunks of the feed-forward network
+    cache: int  # cross-attention outputs of all blocks
+    cache_of_block: int
 
-    @property
-    def total(self):
-        return self.weights + self.working + self.cache
+    def on_gpu(self, cache_on_cpu=False, stream_weights=False):
+        cache = 2 * self.cache_of_block if cache_on_cpu else self.cache
+        weights = 2 * self.block if stream_weights else self.blocks
+        return weights + self.other_weights + self.working + cache
+
+
+# As measured: tests/bench/speed.py estimate.
+WORKING_TENSORS = 9  # of all tokens, beside the cache
+WORKING_MEMORY = 2 * 2**30  # bytes, for chunks of the feed-forward network
+VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
 
 
 def memory_needed(plan, transformer):
@@ -191,8 +200,17 @@ def memory_needed(plan, transformer):
     num_tokens = (plan.frames // 4 + 1) * (height // 16) * (width // 16)
     tokens = num_tokens * dim * itemsize / world_size()  # bytes
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    cache = 0
-    if plan.cache_interval is not None:
-        cache = tokens * len(transformer.blocks)
-    working = 9 * tokens + 3 * 2**30  # as measured
-    return Needed(weights=parameters * itemsize, working=working, cache=cache)
+    of_block = sum(parameter.numel() for parameter in transformer.blocks[0].parameters())
+    number = len(transformer.blocks)
+    blocks = number * of_block
+    if plan.shard_weights:
+        blocks = blocks / world_size() + 2 * of_block  # its share, and the two that are in use
+    cache_of_block = 0 if plan.cache_interval is None else tokens
+    return Needed(
+        blocks=blocks * itemsize,
+        block=of_block * itemsize,
+        other_weights=(parameters - number * of_block) * itemsize + VAE_WEIGHTS,
+        working=WORKING_TENSORS * tokens + WORKING_MEMORY,
+        cache=number * cache_of_block,
+        cache_of_block=cache_of_block,
+    )

@@ -5,6 +5,7 @@ through NCCL."""
 import math
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from references import REFERENCE, load, refined
 from freeswim import generate, upsample
 from model import WanTransformer, WanVAE
 from support import parallel
+from support.experts import Experts
 
 
 def main():
@@ -29,10 +31,8 @@ def main():
         case.expected = {key: value.to(device) for key, value in case.expected.items()}
         expected = refined(case, cache_interval=interval)
         whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
-        for shard in (False, True):
-            case.transformer = parallel.SharedTransformer.from_pretrained(
-                folder, device, shard=shard
-            )
+        for cls, shard in product(shared_classes(device), (False, True)):
+            case.transformer = cls.from_pretrained(folder, device, shard=shard)
             seen = []
             case.transformer.blocks[0].ffn.register_forward_hook(
                 lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape[1])
@@ -62,6 +62,8 @@ def main():
             relative(low, refined(case, cache_interval=interval)) <= 1e-5
         )  # spread weights are the same weights
 
+        check_experts(case, folder, device, interval)
+
     torch.manual_seed(0)
     config = {
         **exact.config,
@@ -90,10 +92,34 @@ def main():
     print(f"rank {dist.get_rank()} of {ranks} agrees")
 
 
+def shared_classes(device):
+    """The transformers that share their work; on a GPU the compiled one too."""
+    classes = [parallel.SharedTransformer]
+    if device.type == "cuda":
+        from support import fast
+
+        classes.append(fast.CompiledSharedTransformer)
+    return classes
+
+
+def check_experts(case, folder, device, interval):
+    """Wan2.2's way of loading one transformer after the other, with weights spread."""
+
+    def load_one(name):
+        return parallel.SharedTransformer.from_pretrained(folder, device, shard=True)
+
+    one = load_one("transformer")
+    one.boundary = 875  # so that it counts its steps as two do
+    case.transformer = one
+    expected = refined(case, cache_interval=interval)
+    case.transformer = Experts(load_one, 875, like=one)
+    assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
+
+
 def formula(transformer, meta):
     """Bytes that all ranks together send for one self-attention in every block: query, key, value
-    and the result, but for what each has already: of its tokens, its heads. README.md projects from
-    it what more GPUs would give."""
+    and the result, but for what each has already: of its tokens, its heads. tests/README.md
+    projects from it what more GPUs would give."""
     tokens, heads, ranks = math.prod(meta["grid"]), transformer.heads, dist.get_world_size()
     own = sum(
         len(mine) * len(its)

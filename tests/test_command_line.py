@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from support import UserError, hub, media
+from support.command_line import set_allocator
 
 TINY_RUN = ["--frames", "1", "--steps", "2", "--size", "192x128", "--device", "cpu"]
 
@@ -76,6 +77,20 @@ def test_devices_that_do_not_exist(device, capsys):
     with pytest.raises(SystemExit):
         parse("--device", device)
     assert f"--device {device}: choose cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_set_unless_the_user_has(monkeypatch, name):
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:99")
+    set_allocator()
+    assert os.environ[name] == "max_split_size_mb:99"
+    monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    set_allocator()
+    if sys.platform == "linux":
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 # --------------------------------------------------------------------------------------------------

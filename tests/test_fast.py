@@ -255,6 +255,19 @@ def test_streamed_blocks(case):
     assert len(slots) == 2 <= len(streamed.transformer.blocks)
 
 
+def plan_of_1080p(**changes):
+    """81 frames of 1920x1088."""
+    settings = {"features": None, "offload": None, "cache_interval": 5, "frames": 81}
+    settings |= {"computed": (1088, 1920), "dtype": "bfloat16", "shard_weights": False}
+    return SimpleNamespace(**(settings | changes))
+
+
+def empty_transformer(**changes):
+    config = model.read_json(Path(__file__).parent / "wan2.1-t2v-1.3b/transformer/config.json")
+    with torch.device("meta"):
+        return model.WanTransformer(config | changes)
+
+
 @pytest.mark.parametrize(
     "free, typed, expected",
     [
@@ -270,17 +283,50 @@ def test_streamed_blocks(case):
 def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     """The 1.3B model at 1088x1920 and 81 frames: features take 14.7 GiB, weights 2.6."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
-    settings = dict(features=None, offload=None, cache_interval=5, frames=81)
-    settings |= dict(computed=(1088, 1920), dtype="bfloat16")
-    plan = SimpleNamespace(**(settings | typed))
-    config = model.read_json(Path(__file__).parent / "wan2.1-t2v-1.3b/transformer/config.json")
-    with torch.device("meta"):
-        transformer = model.WanTransformer(config)
-    placement = memory.plan_memory(plan, transformer, torch.device("cuda"))
+    plan = plan_of_1080p(**typed)
+    placement = memory.plan_memory(plan, empty_transformer(), torch.device("cuda"))
     features, stream_weights = expected
     assert placement == memory.Placement(features == "cpu", stream_weights)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"of {free}" in said
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_several_ranks_need_less_each(monkeypatch, ranks):
+    """Each has its share of the tokens and of their cache, and all weights unless these are spread
+    too."""
+    transformer = empty_transformer()
+    alone = memory.memory_needed(plan_of_1080p(), transformer)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    each = memory.memory_needed(plan_of_1080p(), transformer)
+    assert each.cache == alone.cache / ranks
+    assert each.blocks == alone.blocks
+    per_token = memory.WORKING_TENSORS * alone.cache_of_block
+    assert alone.working - each.working == pytest.approx(per_token * (1 - 1 / ranks))
+    spread = memory.memory_needed(plan_of_1080p(shard_weights=True), transformer)
+    assert spread.blocks == pytest.approx(alone.blocks / ranks + 2 * alone.block)
+
+
+def test_several_ranks_never_stream_weights(monkeypatch, capsys):
+    """They spread them instead."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**37))
+    placement = memory.plan_memory(plan_of_1080p(), empty_transformer(), torch.device("cuda"))
+    assert placement == memory.Placement(cache_on_cpu=True, stream_weights=False)
+    assert "features on the CPU, weights on the GPU" in capsys.readouterr().err
+
+
+def test_what_helps_when_memory_is_full(monkeypatch):
+    gpu = torch.device("cuda")
+    everything = memory.Placement(cache_on_cpu=False, stream_weights=False)
+    without_cache = memory.Placement(cache_on_cpu=True, stream_weights=False)
+    nothing = memory.Placement(cache_on_cpu=True, stream_weights=True)
+    assert "--features cpu" in memory.relief(everything, gpu)
+    assert "--offload" in memory.relief(without_cache, gpu)
+    assert memory.relief(nothing, gpu) == "begin with a lower --size or --frames"
+    assert "free some" in memory.relief(everything, torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--shard-weights" in memory.relief(without_cache, gpu)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from command import run
+from command import ROOT, run
 from oracle import relative, token_mask, window_attention
 from references import REFERENCE, REFINEMENTS, interval_of, load, refined
 
-from freeswim import flex_window, grouped_window
-from support import fast, memory
+from freeswim import flex_window, generate, grouped_window
+from model import WanTransformer, WanVAE, build
+from support import fast, media, memory
+from support.experts import Experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -151,6 +153,94 @@ def test_without_triton_the_whole_command_finishes(checkpoint, tmp_path):
     errors = cuda_command(tmp_path, checkpoint, PYTHONPATH=path)
     assert "window attention by groups of queries" in errors
     assert "transformer blocks run uncompiled" in errors
+
+
+def has_flash_attention():
+    try:
+        import flash_attn.cute  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_flash_attention(), reason="needs flash-attn-4")
+def test_full_attention_through_flash_attention():
+    """At 1080p, for more heads than are computed at once, as near to float32 as cuDNN is."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = (3, 1, 6, 21 * 34 * 60, 128)
+    parts = torch.randn(shape, generator=draw, device="cuda", dtype=torch.bfloat16)
+    sample = slice(1000, 1200)
+    query, key, value = parts.float()
+    expected = F.scaled_dot_product_attention(query[:, :, sample], key, value, scale=0.1)
+    flash = fast.flash_full_attention(*parts, scale=0.1)[:, :, sample]
+    cudnn = F.scaled_dot_product_attention(*parts, scale=0.1)[:, :, sample]
+    assert relative(flash, expected) <= 1.2 * relative(cudnn, expected)
+    assert fast.transformer_for(torch.device("cuda"), torch.bfloat16, 128) is fast.FlashTransformer
+
+
+@pytest.mark.parametrize("tiles_at_once", [1, 4])
+def test_the_fast_vae_is_the_vae(tiles_at_once):
+    folder = REFERENCE / "wide" / "vae"
+    device = torch.device("cuda")
+    plain = WanVAE.from_pretrained(folder, device)
+    video = torch.rand(1, 3, 9, 400, 600, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = plain.encode(video)
+    decoded = plain.decode(latents)
+    quick = fast.load_vae(WanVAE, folder, device, False, tiles_at_once)
+    assert type(quick) is fast.FastVAE
+    assert relative(quick.encode(video), latents) <= 1e-5
+    assert relative(quick.decode(latents), decoded) <= 1e-5
+
+
+def test_the_bundled_vae_in_float16_is_within_a_grey_level():
+    """This is why float16 is the default."""
+    device = torch.device("cuda")
+    folder = ROOT / "tiny" / "vae"
+    plain = WanVAE.from_pretrained(folder, device)
+    half = fast.load_vae(WanVAE, folder, device, True, 4)
+    clip = media.read_clip(ROOT / "tiny" / "sample.webp", 17).frames
+    video = media.to_video(clip)[:, :, : (len(clip) - 1) // 4 * 4 + 1, :256, :384]
+    latents = plain.encode(video)
+    assert relative(half.encode(video), latents) <= 1e-2
+    difference = (half.decode(latents) - plain.decode(latents)).abs() * 127.5
+    print(f"grey levels: mean {difference.mean():.3f}, largest {difference.max():.1f}")
+    assert difference.mean() < 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_copies_use_the_streams_of_their_device():
+    """With --device cuda:1, while cuda:0 is current."""
+    case, streamed = on_gpu("odd"), on_gpu("odd")
+    for each in (case, streamed):
+        each.expected = {key: value.to("cuda:1") for key, value in each.expected.items()}
+    case.transformer.to("cuda:1")
+    memory.stream_blocks(streamed.transformer, torch.device("cuda:1"))
+    expected = refined(case, cache_interval=3)
+    for _ in range(3):
+        cache = memory.CacheOnCPU("cuda:1")
+        assert torch.equal(refined(case, cache_interval=3, cross_attention_cache=cache), expected)
+        assert torch.equal(refined(streamed, cache_interval=3), expected)
+
+
+def test_experts_are_not_in_memory_together():
+    """By the peak of allocated memory."""
+    folder = REFERENCE / "wide" / "transformer"
+    like = build(WanTransformer, folder)
+    config = like.config | {"num_attention_heads": 16, "attention_head_dim": 64, "num_layers": 8}
+
+    def load_one(name):
+        with torch.device("cuda"):
+            return WanTransformer(config).eval().requires_grad_(False)
+
+    one = load_one("transformer")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in one.parameters())
+    del one
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    text = torch.randn(1, 12, config["text_dim"], device="cuda")
+    experts = Experts(load_one, 875, like)
+    generate(experts, text, text, (1, 16, 1, 8, 8), steps=6, flow_shift=5.0)
+    assert torch.cuda.max_memory_allocated() - before <= 1.3 * size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

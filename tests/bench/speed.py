@@ -7,6 +7,7 @@ some to have only those:
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     vae         encode and decode at 1080p, beside Diffusers'
+    estimate    the peak of a step, beside what the command expects before it starts
     gpus        a step on several GPUs, projected from one GPU and from the bytes exchanged
 
 `--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the
@@ -21,8 +22,8 @@ import math
 import sys
 import time
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,8 +41,15 @@ from freeswim import (
     predict_dual,
 )
 from model import WanTransformer, WanVAE, checkpoint_name, full_attention
-from support.fast import CompiledTransformer, flash_window, try_window, tuned_window
-from support.memory import CacheOnCPU, stream_blocks
+from support.fast import (
+    CompiledTransformer,
+    FastVAE,
+    FlashTransformer,
+    flash_window,
+    try_window,
+    tuned_window,
+)
+from support.memory import VAE_WEIGHTS, CacheOnCPU, memory_needed, stream_blocks
 
 PUBLISHED = TESTS / "wan2.1-t2v-1.3b"
 HD = (21, 68, 120)  # (T, H, W) in tokens
@@ -197,7 +205,8 @@ def passes(transformer, grid, window, name, repeats=3):
     given = inputs(grid)
     layers = len(transformer.blocks)
     cache = {}
-    dual = partial(predict_dual, transformer, *given, window, FULL, cache)
+    attend_full = partial(transformer.full_attention, scale=SCALE)
+    dual = partial(predict_dual, transformer, *given, window, attend_full, cache)
     cached = partial(predict_cached, transformer, *given, window, cache)
     embedding, _ = report(f"{name}: no block", partial(transformer.embed, *given), repeats)
     both, _ = report(f"{name}: both paths", dual, repeats)
@@ -222,28 +231,88 @@ STEPS = (
 
 def step_table():
     table("one pass, 1080p, three blocks")
-    found, rows = windows(HD), []
-    for cls, window in (
-        (WanTransformer, "Triton"),
-        *((CompiledTransformer, name) for name in found if name != "plain FlexAttention"),
-    ):
+    found = windows(HD)
+    choices = [(WanTransformer, "Triton"), (CompiledTransformer, "Triton")]
+    if "flash-attn-4" in found:
+        choices.append((CompiledTransformer, "flash-attn-4"))
+        choices.append((FlashTransformer, "flash-attn-4"))
+    rows = []
+    for cls, window in choices:
         transformer = random_transformer(cls, 3)
         rows.append(passes(transformer, HD, found[window], f"{cls.__name__}, {window}"))
     print(STEPS, *rows, sep="\n", flush=True)
+    rounding_table()
+
+
+def rounding_table():
+    """How far two blocks in bfloat16 are from float32, for three frames."""
     latents, *rest = inputs(HD)
-    latents, grid = latents[:, :, :3], (3, *HD[1:])
+    latents = latents[:, :, :3]
+    grid = (3, *HD[1:])
     with torch.backends.cudnn.flags(allow_tf32=False):
-        attends = flex_window(grid, WINDOW, SCALE), FULL
-        exact = predict_dual(
-            random_transformer(WanTransformer, 2, torch.float32), latents, *rest, *attends
-        )
-        errors = {}
-        for cls, (name, window) in product(
-            (WanTransformer, CompiledTransformer), windows(grid).items()
-        ):
-            velocity = predict_dual(random_transformer(cls, 2), latents, *rest, window, FULL)
-            errors[f"{cls.__name__}, {name}"] = f"{relative(velocity, exact):.3e}"
-    print(f"\nbfloat16 from float32, two blocks: {errors}", flush=True)
+        exact_transformer = random_transformer(WanTransformer, 2, torch.float32)
+        attends = (flex_window(grid, WINDOW, SCALE), FULL)
+        exact = predict_dual(exact_transformer, latents, *rest, *attends)
+        print("\n| two blocks in bfloat16 | from float32 |\n|---|---|")
+        for cls in (WanTransformer, CompiledTransformer):
+            for name, window in windows(grid).items():
+                transformer = random_transformer(cls, 2)
+                velocity = predict_dual(transformer, latents, *rest, window, FULL)
+                print(f"| {cls.__name__}, {name} | {relative(velocity, exact):.3e} |", flush=True)
+
+
+def estimate_table(layers=4):
+    """What support/memory.py expects beside the peak that a pass takes."""
+    print(
+        f"\n| {layers} blocks | cache | weights | peak, GiB | expected | ratio |\n"
+        "|---|---|---|---|---|---|",
+        flush=True,
+    )
+    cases = [("1.3B", HD, {}), ("1.3B", UHD, {}), ("14B", HD, B14)]
+    for name, grid, changes in cases:
+        for cache_on_cpu, stream in ((False, False), (True, False), (True, True)):
+            torch.cuda.empty_cache()
+            device = "cpu" if stream else "cuda"
+            transformer = random_transformer(CompiledTransformer, layers, device=device, **changes)
+            expected = expected_memory(transformer, grid, cache_on_cpu, stream)
+            if stream:
+                stream_blocks(transformer, torch.device("cuda"))
+            peak = refinement_peak(transformer, grid, cache_on_cpu)
+            del transformer
+            height, width = 16 * grid[1], 16 * grid[2]
+            print(
+                f"| {name}, {width}x{height} | {'CPU' if cache_on_cpu else 'GPU'} | "
+                f"{'CPU' if stream else 'GPU'} | {peak / 2**30:.2f} | {expected / 2**30:.2f} | "
+                f"{expected / peak:.3f} |",
+                flush=True,
+            )
+
+
+def expected_memory(transformer, grid, cache_on_cpu, stream):
+    plan = SimpleNamespace(
+        computed=(16 * grid[1], 16 * grid[2]),
+        frames=81,
+        dtype="bfloat16",
+        cache_interval=5,
+        shard_weights=False,
+    )
+    needed = memory_needed(plan, transformer)
+    return needed.on_gpu(cache_on_cpu, stream) - VAE_WEIGHTS  # no VAE is loaded here
+
+
+def refinement_peak(transformer, grid, cache_on_cpu):
+    """Bytes at the most in a step that fills the cache, and in one that reads it."""
+    latents, timestep, text = inputs(grid)
+    attend = tuned_window(grid, WINDOW, SCALE)
+    cache = CacheOnCPU("cuda") if cache_on_cpu else {}
+    given = (transformer, latents, timestep, text, attend)
+    predict_dual(*given, FULL, cache)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    predict_dual(*given, FULL, cache)
+    transformer(latents, timestep, text, attend)
+    predict_cached(*given, cache)
+    return torch.cuda.max_memory_allocated()
 
 
 def memory_table():
@@ -333,30 +402,56 @@ def uhd_table():
 
 
 def vae_table():
-    from diffusers import AutoencoderKLWan
-
-    table("VAE, 17 frames of 1920x1088, float32")
+    """Plain, fast in TF32, and fast in float16, all beside plain float32 without TF32."""
+    table("VAE, 17 frames of 1920x1088")
     config = json.loads((PUBLISHED / "vae" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     with torch.device("cuda"):
-        theirs, ours = (
-            cls(config).eval().requires_grad_(False)
-            for cls in (AutoencoderKLWan.from_config, WanVAE)
-        )
+        plain = WanVAE(config).eval().requires_grad_(False)
         video = torch.rand(1, 3, 17, 1088, 1920) * 2 - 1
+    fast_vae = like_vae(FastVAE, config, plain)
+    half_vae = like_vae(FastVAE, config, plain)
+    half_vae.in_float16 = like_vae(FastVAE, config, plain).to(torch.float16)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        latents = plain.encode(video)
+        decoded = plain.decode(latents)
+    off = {}
+    for name, vae, tiles_at_once in (
+        ("plain, TF32", plain, 1),
+        ("fast, TF32, a tile at a time", fast_vae, 1),
+        ("fast, TF32, four at a time", fast_vae, 4),
+        ("fast, float16, a tile at a time", half_vae, 1),
+        ("fast, float16, four at a time", half_vae, 4),
+    ):
+        vae.TILES_AT_ONCE = tiles_at_once
+        _, ours = report(f"encode: {name}", partial(vae.encode, video), 1)
+        _, pixels = report(f"decode: {name}", partial(vae.decode, latents), 1)
+        off[name] = f"{relative(ours, latents):.1e}, {relative(pixels, decoded):.1e}"
+    print(f"\noff from float32, encode and decode: {off}", flush=True)
+    diffusers_rows(config, plain, video, latents)
+
+
+def like_vae(cls, config, plain):
+    """A VAE of another class with the same weights, in the layout that it wants."""
+    with torch.device("cuda"):
+        vae = cls(config).eval().requires_grad_(False)
+    vae.load_state_dict(plain.state_dict())
+    if isinstance(vae, FastVAE):
+        vae.use_channels_last()
+    return vae
+
+
+def diffusers_rows(config, ours, video, latents):
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("cuda"):
+        theirs = AutoencoderKLWan.from_config(config).eval().requires_grad_(False)
     theirs.enable_tiling()
-    state = theirs.state_dict()
-    ours.load_state_dict({name: state[checkpoint_name(WanVAE, name)] for name in ours.state_dict()})
-    mean, std = ours.mean.to("cuda"), ours.std.to("cuda")
-    _, expected = report("encode: Diffusers'", lambda: theirs.encode(video).latent_dist.mode(), 1)
-    _, latents = report("encode: ours", lambda: ours.encode(video), 1)
-    off = {"encode": f"{relative(latents * std + mean, expected):.1e}"}
-    _, expected = report(
-        "decode: Diffusers'", lambda: theirs.decode(latents * std + mean).sample.clamp(-1, 1), 1
-    )
-    _, decoded = report("decode: ours", lambda: ours.decode(latents), 1)
-    off["decode"] = f"{relative(decoded, expected):.1e}"
-    print(f"\noff from Diffusers', convolutions in TF32 as PyTorch has them: {off}", flush=True)
+    state = {checkpoint_name(WanVAE, name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    raw = latents * ours.std.to("cuda") + ours.mean.to("cuda")
+    report("encode: Diffusers'", lambda: theirs.encode(video).latent_dist.mode(), 1)
+    report("decode: Diffusers'", lambda: theirs.decode(raw).sample, 1)
 
 
 def quick_table():
@@ -430,6 +525,7 @@ TABLES = {
     "14b": memory_14b_table,
     "4k": uhd_table,
     "vae": vae_table,
+    "estimate": estimate_table,
     "gpus": projection_table,
 }
 
