@@ -108,9 +108,10 @@ def predict_dual(transformer, latents, timestep, text, attend_window, attend_ful
     outputs, (B, N, D), are kept there by block.
     """
     _, _, frames, height, width = latents.shape
-    tokens, time_emb, modulation, context, rotary = transformer.embed(latents, timestep, text)
-    window_tokens = tokens  # both paths start from the same latents
-    full_tokens = tokens
+    window_tokens, time_emb, modulation, context, rotary = transformer.embed(
+        latents, timestep, text
+    )
+    full_tokens = window_tokens  # both paths start from the same latents
     last = len(transformer.blocks) - 1
     for index, block in enumerate(transformer.blocks):
         window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)

@@ -102,8 +102,8 @@ def transformer_for(device, dtype, head_dim, transformer_class=WanTransformer):
     Lines say why not a faster one."""
     try:
         with device, torch.no_grad():
-            block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6)
-            tokens = torch.zeros(1, 4, 16)
+            block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6).to(dtype)
+            tokens = torch.zeros(1, 4, 16, dtype=dtype)
             modulation = torch.zeros(1, 6, 16)
             rotary = rotary_table((1, 2, 2), 16, device)
             block.self_attention(tokens, modulation, rotary, full_attention)
@@ -133,18 +133,27 @@ def try_full_attention(device, dtype, head_dim):
 # range. Norms are computed in float32, and tiles are blended in float32.
 
 
-@partial(torch.compile, dynamic=True)
 def norm_silu(x, gamma, eps):
-    """NormSiLU in one pass over memory."""
+    """NormSiLU of positions (M, C), to be compiled into one pass over memory."""
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps) * gamma
+    mean_square = wide.square().mean(dim=1, keepdim=True)
+    normed = wide * torch.rsqrt(mean_square + eps) * gamma.flatten()
     return F.silu(normed).to(x.dtype)
+
+
+# Once for each number of channels. The number of positions is left open.
+compiled_norm_silu = torch._dynamo.config.patch(recompile_limit=2**16)(
+    torch.compile(norm_silu, dynamic=True)
+)
 
 
 class FastNormSiLU(NormSiLU):
     def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        return norm_silu(x, self.gamma, self.EPS)
+        rows = x.permute(0, 2, 3, 4, 1)  # (B, F, H, W, C), as they are in memory
+        positions = rows.reshape(-1, rows.shape[-1]).contiguous()
+        # Of a view, the compiler would also note the shape of what it is a view of.
+        result = compiled_norm_silu(positions.data, self.gamma, self.EPS)
+        return result.view(rows.shape).permute(0, 4, 1, 2, 3)
 
 
 class FastCausalConv3d(CausalConv3d):
@@ -219,7 +228,8 @@ def load_vae(vae_class, folder, device, half, tiles_at_once):
     """The fast VAE in the place of a `vae_class`, if the compiler works here; else the class's own,
     in float32. More tiles at once are faster, and take more memory."""
     try:
-        norm_silu(torch.zeros(1, 4, 1, 2, 2, device=device), torch.ones(4, 1, 1, 1).to(device), 1.0)
+        norm = FastNormSiLU(4).to(device).requires_grad_(False)
+        norm(torch.zeros(1, 4, 1, 2, 2, device=device))
     except Exception as error:  # a compiler can fail in many ways
         say(f"the VAE runs uncompiled, and slower: {summary(error)}")
         return vae_class.from_pretrained(folder, device)

@@ -177,19 +177,18 @@ class Needed:
     blocks: int  # weights of the transformer's blocks
     block: int  # those of one
     other_weights: int  # its other weights, and the VAE's
-    working: int  # tensors of all its tokens, chunks of the feed-forward network
+    working: int  # tensors of all its tokens
     cache: int  # cross-attention outputs of all blocks
     cache_of_block: int
 
     def on_gpu(self, cache_on_cpu=False, stream_weights=False):
-        cache = 2 * self.cache_of_block if cache_on_cpu else self.cache
+        cache = self.cache_of_block if cache_on_cpu else self.cache
         weights = 2 * self.block if stream_weights else self.blocks
         return weights + self.other_weights + self.working + cache
 
 
 # As measured: tests/bench/speed.py estimate.
-WORKING_TENSORS = 9  # of all tokens, beside the cache
-WORKING_MEMORY = 2 * 2**30  # bytes, for chunks of the feed-forward network
+WORKING_TENSORS = 10.2  # of all tokens, beside the cache
 VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
 
 
@@ -210,7 +209,7 @@ def memory_needed(plan, transformer):
         blocks=blocks * itemsize,
         block=of_block * itemsize,
         other_weights=(parameters - number * of_block) * itemsize + VAE_WEIGHTS,
-        working=WORKING_TENSORS * tokens + WORKING_MEMORY,
+        working=WORKING_TENSORS * tokens,
         cache=number * cache_of_block,
         cache_of_block=cache_of_block,
     )

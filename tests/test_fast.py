@@ -394,7 +394,7 @@ def test_without_a_compiler_the_vae_is_the_plain_one(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(fast, "norm_silu", broken)
+    monkeypatch.setattr(fast, "compiled_norm_silu", broken)
     folder = REFERENCE / "wide" / "vae"
     vae = fast.load_vae(model.WanVAE, folder, torch.device("cpu"), True, 4)
     assert type(vae) is model.WanVAE

@@ -92,8 +92,12 @@ def main():
     parser.add_argument("--free", type=float, metavar="GIB")
     parser.add_argument("--layers", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="of the model; made if it is not there")
-    parser.add_argument("options", nargs="*", help="of sample.py, after --")
-    arguments = parser.parse_args()
+    typed = sys.argv[1:]
+    options = []  # of sample.py
+    if "--" in typed:
+        options = typed[typed.index("--") + 1 :]
+        typed = typed[: typed.index("--")]
+    arguments = parser.parse_args(typed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "model"
         if not folder.exists():
@@ -101,7 +105,7 @@ def main():
         held = None if arguments.free is None else hold_all_but(arguments.free)
         output = Path(temporary) / "run"
         command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder)]
-        command += ["--size", arguments.size, "--output", str(output), *arguments.options]
+        command += ["--size", arguments.size, "--output", str(output), *options]
         command += ["--prompt", "a large red striped fish swims right above a sandy floor"]
         start = time.time()
         process = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8")
