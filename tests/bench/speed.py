@@ -495,10 +495,10 @@ def quick_table():
         )
 
 
-def projection_table(window=0.104, full=0.3175, step=10.8, link=450e9, network=50e9):
-    """Seconds of one H200 by the tables above, with blocks as they are; bytes a second in one
-    direction of its NVLink, as its data sheet says, and of the network to another host. Nothing is
-    overlapped. tests/ranks.py counts bytes."""
+def projection_table(window=0.1048, full=0.3095, step=10.12, link=136e9, network=50e9):
+    """Seconds of one H100 by the tables above and by several.py, compiled, with Triton windows;
+    bytes a second of an exchange between two GPUs as several.py measures it, copies included, and
+    of the network to another host. Nothing is overlapped. tests/ranks.py counts bytes."""
     print("\n| GPUs | most heads on one | sent by each in a step | a step |\n|---|---|---|---|")
     attentions = (
         2 + 1 / 5
