@@ -1,12 +1,14 @@
-"""Writes tests/port/steps.safetensors: our code taken apart, value by value, for ports to
-compare with.
+"""Writes tests/port/steps.safetensors: our code taken apart, value by value, for ports to compare
+with.
 
     python tests/port/write_steps.py OUT.safetensors
 
 What the values are, tests/reference/README.md tells. Other tests show that this code agrees with
-the references, and tests/port/test_port.py that the file is what this script writes.
+the references, and tests/port/test_port.py that the file is what this script writes. The order of
+the computation is in the file's metadata, under "order".
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,131 +17,257 @@ from safetensors.torch import save_file
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-from references import REFERENCE, as_clip, load
+from references import REFERENCE, as_clip, load, refined
 
-from freeswim import FlowUniPC, predict_dual
-from model import TextEncoder, WanVAE, checkpoint_name
-
-
-def transformer_steps(case):
-    """`freeswim.predict_dual` on the set's `latents`, both paths, part by part."""
-    found, net, given = {}, case.transformer, case.expected
-    latents, timestep = given["latents"], given["timestep"]
-    tokens, time, modulation, text, rotary = net.embed(latents, timestep, given["text"])
-    found |= {"patches": tokens, "time": time, "modulation": modulation, "text": text}
-    found |= {"rotary.cos": rotary[0].squeeze(1), "rotary.sin": rotary[1].squeeze(1)}
-
-    def keep(name, value):  # the first is block 0's, and the window path's
-        found.setdefault(f"block0.{name}", value)
-
-    attention = net.blocks[0].self_attn
-    layers = {
-        "query.linear": attention.to_q,
-        "key.linear": attention.to_k,
-        "value": attention.to_v,
-        "query.norm": attention.norm_q,
-        "key.norm": attention.norm_k,
-    }
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, output, name=name: keep(name, output))
-        for name, layer in layers.items()
-    ]
-    hooks += [
-        attention.to_q.register_forward_hook(
-            lambda layer, inputs, output: keep("modulated", *inputs)
-        )
-    ]
-
-    def noted_window(query, key, value):  # (B, heads, N, head_dim); noted as (N, heads, head_dim)
-        attended = case.window(query, key, value)
-        keep("query.rotated", query.transpose(1, 2)), keep("key.rotated", key.transpose(1, 2))
-        keep("attended", attended.transpose(1, 2).flatten(2))
-        return attended
-
-    window = full = tokens
-    for index, block in enumerate(net.blocks):
-        window = block.self_attention(window, modulation, rotary, noted_window)
-        keep("self_attention", window)
-        full = block.self_attention(full, modulation, rotary, case.full)
-        content = block.cross_attention(full, text)
-        keep("cross_attention", content)
-        full = block.feed_forward(full + content, modulation)
-        window = block.feed_forward(window + content, modulation)
-        found |= {f"block{index}.full_tokens": full, f"block{index}.window_tokens": window}
-    for hook in hooks:
-        hook.remove()
-    frames, height, width = case.meta["grid"]
-    found["velocity"] = net.unembed(window, time, (frames, height, width))
-    expected = predict_dual(net, latents, timestep, given["text"], case.window, case.full)
-    assert torch.equal(found["velocity"], expected)
-    return {f"dit.{name}": value[0] if len(value) == 1 else value for name, value in found.items()}
+from freeswim import FlowUniPC, predict_dual, upsample
+from model import ChannelNorm, TextEncoder, WanVAE, checkpoint_name
 
 
-def solver_steps(case):
-    """Three steps of UniPC, from the noised clip and away from the clean one: any velocity shows
-    the solver at work."""
-    meta, latents = case.meta, case.expected["init_latents"]
-    solver = FlowUniPC(meta["steps"], meta["flow_shift"], meta["strength"])
-    found, away = {"unipc.levels": solver.sigmas}, latents - case.expected["encoded"]
-    for index in range(3):
-        latents = solver.step((index + 1) * away, latents)
-        found[f"unipc.latents{index}"] = latents[0]
-    return found
+class Notes:
+    """Values by name, in the order in which they were computed. Of several, the first counts."""
+
+    def __init__(self):
+        self.found = {}
+        self.order = []
+
+    def add(self, name, value):
+        if name not in self.found:
+            self.found[name] = value.detach().clone().contiguous()
+            self.order.append(name)
+
+    def place(self, *names):
+        """Here in the order belong values that are in the authors' files."""
+        self.order.extend(names)
+
+    def watch(self, module, name):
+        """Note the output of a module whenever it is called."""
+
+        def hook(module, inputs, output):
+            self.add(name, output[0] if output.shape[0] == 1 else output)
+
+        return module.register_forward_hook(hook)
 
 
-def vae_steps(case):
-    """A corner of the set's video through the VAE, a chunk at a time, with what every layer
-    remembers after it."""
+def text_steps(notes):
+    """UMT5, layer by layer, on the small random one in reference/umt5, for a text long enough to
+    reach the last buckets of distances."""
+    encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
+    draw = torch.Generator().manual_seed(4)
+    ids = torch.randint(2, 40, (1, 32), generator=draw)
+    ids[:, 25] = 1  # the end of the text
+    ids[:, 26:] = 0
+    mask = (ids > 0).long()
+    notes.add("umt5.ids", ids[0])
+    notes.add("umt5.mask", mask[0])
+    with encoder.loaded("shared", "cpu") as table:
+        x = table(ids)
+    notes.add("umt5.embedded", x[0])
+    for index in range(len(encoder.layers)):
+        with encoder.loaded(f"layers.{index}", "cpu", torch.float32) as layer:
+            notes.add(f"umt5.bias{index}", layer.position_bias(ids.shape[1], "cpu"))
+            x = layer(x, mask)
+            notes.add(f"umt5.layer{index}", x[0])
+    with encoder.loaded("final_norm", "cpu", torch.float32) as norm:
+        x = norm(x)
+    notes.add("umt5.final", x[0])
+    assert torch.equal(x, encoder(ids, mask))
+    text = x * mask[..., None]
+    notes.add("umt5.text", text[0])
+    return text
+
+
+def norm_steps(notes):
+    """Norms of numbers so small that their epsilons matter."""
+    small = 1e-3 * torch.randn(8, 60, generator=torch.Generator().manual_seed(5))
+    notes.add("norm.input", small)
+    notes.add("norm.layer", torch.nn.functional.layer_norm(small, (60,), eps=1e-6))
+    notes.add("norm.rms", torch.nn.RMSNorm(60, 1e-6)(small))
+    as_channels = 1e-9 * small.T[None, :, :, None, None].double()
+    notes.add("norm.vae", ChannelNorm(60).double()(as_channels)[0, :, :, 0, 0].T.float())
+
+
+def vae_steps(notes):
+    """A corner of the set `wide`'s video, a chunk at a time, with what every layer remembers after
+    it; then a frame of several tiles."""
+    case = load("wide")
     vae = case.vae
+    whole = as_clip(case.expected["video"])
+    video = whole[..., :16, :24]
+    notes.add("upsampled", upsample(video[:, :, :1], 20, 30)[0])
+    notes.add("vae.video", video[0])
     layers = {layer: checkpoint_name(WanVAE, name) for name, layer in vae.named_modules()}
-    video = as_clip(case.expected["video"])[..., :16, :24]
-    found, history, means = {"vae.video": video[0]}, {}, []
 
-    def remember(name):
-        found.update(
-            {f"{name}.{layers[layer]}": past[0].clone() for layer, past in history.items()}
-        )
+    def note_history(prefix, history):
+        for layer, past in history.items():
+            notes.add(f"{prefix}.{layers[layer]}", past[0])
 
+    down = [layer for layer in vae.encoder.down_blocks if hasattr(layer, "time_conv")][1]
+    up = vae.decoder.up_blocks[0].upsamplers[0]
+
+    def note_both_sides(layer, name):
+        def before(layer, inputs):
+            notes.add(f"{name}.before", inputs[0][0])
+
+        def after(layer, inputs, output):
+            notes.add(f"{name}.after", output[0])
+
+        return layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
+
+    history = {}
+    means = []
     for t in range(3):
         chunk = video[:, :, :1] if t == 0 else video[:, :, 4 * t - 3 : 4 * t + 1]
+        hooks = note_both_sides(down, "vae.encode.downsample") if t == 1 else ()
         mean, _ = vae.encode_chunk(chunk, history).chunk(2, dim=1)
-        found[f"vae.encode.chunk{t}"] = mean[0]
-        remember(f"vae.encode.history{t}")
+        for hook in hooks:
+            hook.remove()
+        note_history(f"vae.encode.history{t}", history)
+        notes.add(f"vae.encode.chunk{t}", mean[0])
         means.append(mean)
-    history.clear()
+    history = {}
     for t, mean in enumerate(means):
-        found[f"vae.decode.chunk{t}"] = vae.decode_chunk(mean, history)[0]
-        remember(f"vae.decode.history{t}")
-    assert torch.equal(vae.encode(video)[0], ((torch.cat(means, 2) - vae.mean) / vae.std)[0])
-    return found
+        hooks = note_both_sides(up, "vae.decode.upsample") if t == 1 else ()
+        frames = vae.decode_chunk(mean, history)
+        for hook in hooks:
+            hook.remove()
+        note_history(f"vae.decode.history{t}", history)
+        notes.add(f"vae.decode.chunk{t}", frames[0])
+    normalised = (torch.cat(means, 2) - vae.mean) / vae.std
+    assert torch.equal(vae.encode(video), normalised)
+
+    frame = whole[:, :, :1].repeat(1, 1, 1, 3, 2)[..., :264, :272]
+    latents = vae.encode(frame)
+    notes.add("vae.tiled.encoded", latents[0])
+    notes.add("vae.tiled.decoded", vae.decode(latents)[0])
 
 
-def text_steps():
-    """UMT5, layer by layer, on the small random one in reference/umt5."""
-    encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
-    ids = torch.tensor([[7, 31, 2, 19, 38, 11, 1] + 5 * [0]])
-    mask = (ids > 0).long()
-    found = {"umt5.ids": ids[0], "umt5.mask": mask[0]}
-    names = {"shared": "umt5.embedded", "final_norm": "umt5.final"}
-    names |= {f"layers.{index}": f"umt5.layer{index}" for index in range(len(encoder.layers))}
-    for part, name in names.items():
-        encoder.get_submodule(part).register_forward_hook(
-            lambda module, inputs, output, name=name: found.update({name: output[0]})
-        )
-    encoder(ids, mask)
-    return found
+def transformer_steps(notes, case):
+    """`freeswim.predict_dual` on the set's `latents`, both paths, part by part."""
+    notes.place("mask")
+    net = case.transformer
+    given = case.expected
+    latents, timestep, text = given["latents"], given["timestep"], given["text"]
+    tokens, time_emb, modulation, context, rotary = net.embed(latents, timestep, text)
+    notes.add("dit.patches", tokens[0])
+    notes.add("dit.time", time_emb[0])
+    notes.add("dit.modulation", modulation[0])
+    notes.add("dit.text", context[0])
+    notes.add("dit.rotary.cos", rotary[0].squeeze(1))
+    notes.add("dit.rotary.sin", rotary[1].squeeze(1))
+
+    def noting(attend, prefix):
+        """An attention that notes its inputs and output; (B, heads, N, head_dim)."""
+
+        def attend_and_note(query, key, value):
+            attended = attend(query, key, value)
+            notes.add(f"{prefix}query.rotated", query.transpose(1, 2)[0])
+            notes.add(f"{prefix}key.rotated", key.transpose(1, 2)[0])
+            notes.add(f"{prefix}attended", attended.transpose(1, 2).flatten(2)[0])
+            return attended
+
+        return attend_and_note
+
+    def watch_self_attention(block, prefix):
+        layer = block.self_attn
+        hooks = [
+            layer.to_q.register_forward_pre_hook(
+                lambda layer, inputs: notes.add(f"{prefix}modulated", inputs[0][0])
+            )
+        ]
+        for name, part in (
+            ("query.linear", layer.to_q),
+            ("key.linear", layer.to_k),
+            ("value", layer.to_v),
+            ("query.norm", layer.norm_q),
+            ("key.norm", layer.norm_k),
+        ):
+            hooks.append(notes.watch(part, f"{prefix}{name}"))
+        return hooks
+
+    window_tokens = tokens
+    full_tokens = tokens
+    for index, block in enumerate(net.blocks):
+        is_first = index == 0
+        attend_window = noting(case.window, "dit.block0.") if is_first else case.window
+        attend_full = noting(case.full, "dit.block0.full.") if is_first else case.full
+        hooks = watch_self_attention(block, "dit.block0.") if is_first else []
+        window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
+        for hook in hooks:
+            hook.remove()
+        if is_first:
+            notes.add("dit.block0.self_attention", window_tokens[0])
+        hooks = watch_self_attention(block, "dit.block0.full.") if is_first else []
+        full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
+        if is_first:
+            notes.add("dit.block0.full.self_attention", full_tokens[0])
+            hooks.append(notes.watch(block.cross_attn.norm_q, "dit.block0.cross.query.norm"))
+            hooks.append(notes.watch(block.cross_attn.norm_k, "dit.block0.cross.key.norm"))
+            hooks.append(notes.watch(block.ffn[1], "dit.block0.ffn.hidden"))
+        cross_output = block.cross_attention(full_tokens, context)
+        if is_first:
+            notes.add("dit.block0.cross_attention", cross_output[0])
+        full_tokens = block.feed_forward(full_tokens + cross_output, modulation)
+        notes.add(f"dit.block{index}.full_tokens", full_tokens[0])
+        window_tokens = block.feed_forward(window_tokens + cross_output, modulation)
+        notes.add(f"dit.block{index}.window_tokens", window_tokens[0])
+        for hook in hooks:
+            hook.remove()
+    hook = notes.watch(net.proj_out, "dit.unpatchify")
+    velocity = net.unembed(window_tokens, time_emb, tuple(case.meta["grid"]))
+    hook.remove()
+    notes.add("dit.velocity", velocity[0])
+    expected = predict_dual(net, latents, timestep, text, case.window, case.full)
+    assert torch.equal(velocity, expected)
+
+    notes.place("dual_full", "dual_window", "dual_window_negative")
+    notes.place("guide_window", "reuse_window", "window_only_negative")
+    ended = text * (torch.arange(text.shape[1]) < 7)[:, None]
+    notes.add("zeros.velocity", net(latents, timestep, ended, case.window)[0])
+
+
+def solver_steps(notes, case):
+    """All steps of UniPC, from the noised clip and away from the clean one: any velocity shows the
+    solver at work."""
+    meta = case.meta
+    latents = case.expected["init_latents"]
+    solver = FlowUniPC(meta["steps"], meta["flow_shift"], meta["strength"])
+    notes.add("unipc.levels", solver.sigmas)
+    away = latents - case.expected["encoded"]
+    for index in range(len(solver.timesteps)):
+        latents = solver.step((index + 1) * away, latents)
+        notes.add(f"unipc.latents{index}", latents[0])
+
+
+def refinement_steps(notes, case, text):
+    """What the authors' files do not have: interval 2, and the text that text_steps encoded."""
+    notes.place("encoded", "init_latents")
+    for index in range(len(case.meta["timesteps"])):
+        notes.place(f"refine.step{index}")
+    notes.place("decoded")
+    notes.add("refine.cache2", refined(case, cache_interval=2)[0])
+    notes.place("refine.cache3")
+    case.expected["text"] = text
+    notes.add("refine.ids", refined(case, cache_interval=3)[0])
 
 
 @torch.no_grad()
 def steps():
+    """{name: tensor}, and the order of the computation."""
+    notes = Notes()
+    norm_steps(notes)
+    text = text_steps(notes)
+    vae_steps(notes)
     odd = load("odd")
-    return {
-        name: value.contiguous()
-        for name, value in (
-            transformer_steps(odd) | solver_steps(odd) | vae_steps(load("wide")) | text_steps()
-        ).items()
-    }
+    transformer_steps(notes, odd)
+    solver_steps(notes, odd)
+    refinement_steps(notes, odd, text)
+    return notes.found, notes.order
+
+
+def main(file):
+    found, order = steps()
+    save_file(found, file, {"order": json.dumps(order)})
 
 
 if __name__ == "__main__":
-    save_file(steps(), sys.argv[1])
+    main(sys.argv[1])
