@@ -357,6 +357,32 @@ def test_the_fast_vae_is_the_vae(uncompiled, case, tiles_at_once):
     assert relative(quick.decode(latents), plain.decode(latents)) <= 1e-5
 
 
+def test_the_fast_vae_stays_channels_last(uncompiled, monkeypatch):
+    """What goes into convolutions over time, and what they remember of a chunk, needs no copy."""
+    vae = fast.load_vae(model.WanVAE, REFERENCE / "wide" / "vae", torch.device("cpu"), False, 1)
+    convolve = torch.nn.Conv3d.forward
+    formats = []
+
+    def noting(layer, x):
+        if isinstance(layer, fast.FastCausalConv3d):
+            formats.append(x.is_contiguous(memory_format=torch.channels_last_3d))
+        return convolve(layer, x)
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", noting)
+    history = {}
+    for frames in (1, 4, 4):
+        vae.encode_chunk(torch.rand(1, 3, frames, 32, 48), history)
+    assert len(formats) > 30 and all(formats)
+    for layer, past in history.items():
+        if isinstance(layer, fast.FastCausalConv3d):
+            assert past.is_contiguous(memory_format=torch.channels_last_3d)
+    formats.clear()
+    history = {}
+    for _ in range(3):
+        vae.decode_chunk(torch.rand(1, 16, 1, 4, 6), history)
+    assert len(formats) > 30 and all(formats)
+
+
 def test_tiles_in_groups():
     """Neighbours of one size together, all in order."""
     vae = load("wide").vae
