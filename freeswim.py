@@ -248,10 +248,8 @@ def refine(
     """
     check_refinement(latents, native, cache_interval)
     check_guidance(guidance, guidance_2, negative)
-    device = latents.device
-    attend_window, attend_full = prepare_attention(
-        transformer, latents, native, scale_tokens, window_attention
-    )
+    attention = prepare_attention(transformer, latents, native, scale_tokens, window_attention)
+    attend_window, attend_full = attention
     cache = {} if cross_attention_cache is None else cross_attention_cache
 
     solver = FlowUniPC(steps, flow_shift, strength)
@@ -259,27 +257,24 @@ def refine(
     if override and cache_interval is not None:
         reading_steps = steps_that_read_cache(transformer, solver.timesteps, cache_interval)
     if state is None:
-        latents = solver.add_noise(latents, draw_noise(latents.shape, generator, device))
+        latents = solver.add_noise(latents, draw_noise(latents.shape, generator, latents.device))
     else:
-        check_state(state, latents, solver, reading_steps)
-        solver.load_state_dict(state)
-        latents = state["latents"]
+        latents = resume(state, latents, solver, reading_steps)
 
     remaining = list(enumerate(solver.timesteps))[solver.index :]
     for step, t in progress(remaining):
-        timestep = torch.full((latents.shape[0],), t, device=device)
+        timestep = torch.full((latents.shape[0],), t, device=latents.device)
         network = transformer.expert(t)
         scale = guidance_at(t, transformer, guidance, guidance_2)
         inputs = (network, latents, timestep)
-        reads_cache = step in reading_steps
-        if save is not None and not reads_cache:
+        if save is not None and step not in reading_steps:
             save({"latents": latents, **solver.state_dict()})
 
         if not override:
             velocity = network(latents, timestep, text, attend_window)
         elif cache_interval is None:
             velocity = predict_dual(*inputs, text, attend_window, attend_full)
-        elif not reads_cache:
+        elif step not in reading_steps:
             velocity = predict_dual(*inputs, text, attend_window, attend_full, cache)
         else:
             velocity = predict_cached(*inputs, text, attend_window, cache)
@@ -356,7 +351,9 @@ def check_refinement(latents, native, cache_interval):
         raise ValueError(f"cache_interval is {cache_interval}, but must be None or at least 1")
 
 
-def check_state(state, latents, solver, reading_steps):
+def resume(state, latents, solver, reading_steps):
+    """The latents of a state, to which the solver is set. Raises ValueError if it is of another
+    refinement."""
     if state["latents"].shape != latents.shape:
         raise ValueError(
             f"the state has latents of shape {tuple(state['latents'].shape)}, "
@@ -371,6 +368,8 @@ def check_state(state, latents, solver, reading_steps):
             f"step {step} of the state reads the cross-attention cache, which a state does not "
             "hold; was it saved with another cache_interval?"
         )
+    solver.load_state_dict(state)
+    return state["latents"]
 
 
 # --------------------------------------------------------------------------------------------------

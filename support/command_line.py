@@ -137,7 +137,9 @@ def parse_arguments(description, arguments=None):
         allow_abbrev=False,
     )
     parser.error = fail
-    add_what_to_make(parser.add_argument_group("what to make"))
+    what_to_make = parser.add_argument_group("what to make")
+    add_what_to_make(what_to_make)
+    add_loras(what_to_make)
     add_own_clip(parser.add_argument_group("your own clip"))
     add_quality(parser.add_argument_group("quality and speed"))
     add_where(parser.add_argument_group("where it runs"))
@@ -244,6 +246,23 @@ def add_what_to_make(group):
     add("--seed", type=int, metavar="N", help="of the noise (default: 0)")
 
 
+def add_loras(group):
+    add = group.add_argument
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="merge a LoRA into the transformer, also FILE of the hub as owner/name/file; may be "
+        "given several times (default weight: 1)",
+    )
+    add(
+        "--lora-2",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="the same for Wan2.2's second expert",
+    )
+
+
 def add_own_clip(group):
     add = group.add_argument
     add(
@@ -286,19 +305,6 @@ def add_quality(group):
         type=float,
         metavar="SCALE",
         help="the same for Wan2.2's second expert (default: 3, or --guidance if that is given)",
-    )
-    add(
-        "--lora",
-        action="append",
-        metavar="FILE[:WEIGHT]",
-        help="merge a LoRA into the transformer, also FILE of the hub as owner/name/file; may be "
-        "given several times (default weight: 1)",
-    )
-    add(
-        "--lora-2",
-        action="append",
-        metavar="FILE[:WEIGHT]",
-        help="the same for Wan2.2's second expert",
     )
     add(
         "--flow-shift",

@@ -182,6 +182,8 @@ def left_out(total, used, start):
         return (f"{used} frames of the clip are used, from {start} seconds on",)
     if total > used:
         return (f"of the clip's {total} frames, the last {total - used} are left out",)
+    if total == 0 and used == 1:
+        return ("only the first frame of the clip is used",)
     if total == 0:
         return (f"the first {used} frames of the clip are used",)
     return ()

@@ -253,10 +253,7 @@ def make_plan(typed):
     transformer = model.build(model.WanTransformer, folder / "transformer")
     preset = find_preset(options["model"], transformer, boundary)
     check_second_expert(options, boundary)
-    lora_changes = {
-        "transformer": lora.find_changes(transformer, loras["lora"]),
-        "transformer_2": lora.find_changes(transformer, loras["lora_2"]),
-    }
+    lora_changes = find_lora_changes(transformer, loras)
     explicit_frames = options["frames"]
     notes = settle_flow_shift(options, preset)
     notes += settle_guidance(options, preset)
@@ -343,6 +340,14 @@ def settle_loras(options):
         loras[name] = [lora.parse_lora(option_name(name), text) for text in options[name]]
         options[name] = [f"{found.file}:{found.weight:g}" for found in loras[name]]
     return loras
+
+
+def find_lora_changes(transformer, loras):
+    """What the files add to each of the transformers."""
+    return {
+        "transformer": lora.find_changes(transformer, loras["lora"]),
+        "transformer_2": lora.find_changes(transformer, loras["lora_2"]),
+    }
 
 
 def check_second_expert(options, boundary):

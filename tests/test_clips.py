@@ -412,7 +412,6 @@ def test_hdr_is_tone_mapped_and_noted(tmp_path, transfer):
     file = write(
         tmp_path / "clip.mkv",
         frames,
-        codec="libx265",
         tags=tags,
         matrix=Colorspace.BT2020,
         pix_fmt="yuv420p10le",

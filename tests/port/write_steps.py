@@ -141,6 +141,38 @@ def vae_steps(notes):
     notes.add("vae.tiled.decoded", vae.decode(latents)[0])
 
 
+def noting(notes, attend, prefix):
+    """An attention of (B, heads, N, head_dim) that notes its inputs and its output."""
+
+    def attend_and_note(query, key, value):
+        attended = attend(query, key, value)
+        notes.add(f"{prefix}query.rotated", query.transpose(1, 2)[0])
+        notes.add(f"{prefix}key.rotated", key.transpose(1, 2)[0])
+        notes.add(f"{prefix}attended", attended.transpose(1, 2).flatten(2)[0])
+        return attended
+
+    return attend_and_note
+
+
+def watch_self_attention(notes, block, prefix):
+    """Hooks that note what its layers compute."""
+    layer = block.self_attn
+
+    def note_input(layer, inputs):
+        notes.add(f"{prefix}modulated", inputs[0][0])
+
+    hooks = [layer.to_q.register_forward_pre_hook(note_input)]
+    for name, part in (
+        ("query.linear", layer.to_q),
+        ("key.linear", layer.to_k),
+        ("value", layer.to_v),
+        ("query.norm", layer.norm_q),
+        ("key.norm", layer.norm_k),
+    ):
+        hooks.append(notes.watch(part, f"{prefix}{name}"))
+    return hooks
+
+
 def transformer_steps(notes, case):
     """`freeswim.predict_dual` on the set's `latents`, both paths, part by part."""
     notes.place("mask")
@@ -155,48 +187,19 @@ def transformer_steps(notes, case):
     notes.add("dit.rotary.cos", rotary[0].squeeze(1))
     notes.add("dit.rotary.sin", rotary[1].squeeze(1))
 
-    def noting(attend, prefix):
-        """An attention that notes its inputs and output; (B, heads, N, head_dim)."""
-
-        def attend_and_note(query, key, value):
-            attended = attend(query, key, value)
-            notes.add(f"{prefix}query.rotated", query.transpose(1, 2)[0])
-            notes.add(f"{prefix}key.rotated", key.transpose(1, 2)[0])
-            notes.add(f"{prefix}attended", attended.transpose(1, 2).flatten(2)[0])
-            return attended
-
-        return attend_and_note
-
-    def watch_self_attention(block, prefix):
-        layer = block.self_attn
-        hooks = [
-            layer.to_q.register_forward_pre_hook(
-                lambda layer, inputs: notes.add(f"{prefix}modulated", inputs[0][0])
-            )
-        ]
-        for name, part in (
-            ("query.linear", layer.to_q),
-            ("key.linear", layer.to_k),
-            ("value", layer.to_v),
-            ("query.norm", layer.norm_q),
-            ("key.norm", layer.norm_k),
-        ):
-            hooks.append(notes.watch(part, f"{prefix}{name}"))
-        return hooks
-
     window_tokens = tokens
     full_tokens = tokens
     for index, block in enumerate(net.blocks):
         is_first = index == 0
-        attend_window = noting(case.window, "dit.block0.") if is_first else case.window
-        attend_full = noting(case.full, "dit.block0.full.") if is_first else case.full
-        hooks = watch_self_attention(block, "dit.block0.") if is_first else []
+        attend_window = noting(notes, case.window, "dit.block0.") if is_first else case.window
+        attend_full = noting(notes, case.full, "dit.block0.full.") if is_first else case.full
+        hooks = watch_self_attention(notes, block, "dit.block0.") if is_first else []
         window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
         for hook in hooks:
             hook.remove()
         if is_first:
             notes.add("dit.block0.self_attention", window_tokens[0])
-        hooks = watch_self_attention(block, "dit.block0.full.") if is_first else []
+        hooks = watch_self_attention(notes, block, "dit.block0.full.") if is_first else []
         full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
         if is_first:
             notes.add("dit.block0.full.self_attention", full_tokens[0])
