@@ -173,7 +173,7 @@ def read_file(lora):
 
 def alpha_of(lora, metadata):
     """The alpha that Diffusers keeps in the metadata, as JSON. Raises UserError for kinds of LoRA
-    that the metadata tells."""
+    that it names and that are not supported."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         config = {key.removeprefix("transformer."): value for key, value in config.items()}

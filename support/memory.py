@@ -149,7 +149,7 @@ def plan_memory(plan, transformer, device):
     if stream_weights is None:
         stream_weights = world_size() == 1 and needed.on_gpu(cache_on_cpu) > free
     say(
-        f"features on the {'CPU' if cache_on_cpu else 'GPU'}, "
+        f"cache on the {'CPU' if cache_on_cpu else 'GPU'}, "
         f"weights on the {'CPU' if stream_weights else 'GPU'}: all on the GPU would take about "
         f"{needed.on_gpu() / 2**30:.0f} GiB of {free / 2**30:.0f}"
     )

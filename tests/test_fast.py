@@ -281,7 +281,7 @@ def empty_transformer(**changes):
     ],
 )
 def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
-    """The 1.3B model at 1088x1920 and 81 frames: features take 14.7 GiB, weights 2.6."""
+    """The 1.3B model at 1088x1920 and 81 frames: the cache takes 14.7 GiB, weights 2.6."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
     plan = plan_of_1080p(**typed)
     placement = memory.plan_memory(plan, empty_transformer(), torch.device("cuda"))
@@ -313,7 +313,7 @@ def test_several_ranks_never_stream_weights(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**37))
     placement = memory.plan_memory(plan_of_1080p(), empty_transformer(), torch.device("cuda"))
     assert placement == memory.Placement(cache_on_cpu=True, stream_weights=False)
-    assert "features on the CPU, weights on the GPU" in capsys.readouterr().err
+    assert "cache on the CPU, weights on the GPU" in capsys.readouterr().err
 
 
 def test_what_helps_when_memory_is_full(monkeypatch):

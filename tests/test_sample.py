@@ -49,7 +49,7 @@ def test_it_writes_what_it_says(first_run):
     assert "never seen the words: shark" in errors
     assert "--compare refines at flow shift 6, where windows alone go wrong" in errors
     modes = {file.stat().st_mode for file in (*output.glob("*.*"), *(output / "state").iterdir())}
-    assert len(modes) == 1  # whoever may read the video may read the state
+    assert len(modes) == 1  # the state is as readable as the video
 
 
 def test_run_json_tells_everything(first_run):
@@ -117,7 +117,7 @@ def test_help_shows_the_words_and_the_defaults(capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad input: one line that names the value and the mend, before a weight is read
+# Bad input: one line that names the value and the fix, before a weight is read
 
 REFUSED = [  # what is typed, and what the answer must name
     (["--size", "200x131"], ["200x131", "200x132"]),

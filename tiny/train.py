@@ -113,7 +113,7 @@ SETS = {
     ("part", 3): 0.13,
 }
 # Parts are any piece of a scene, of one of these rows and columns of tokens. In a refinement every
-# token is in the middle of its own window: whoever learned from windows of one size goes by how far
+# token is in the middle of its own window: a model that saw windows of one size goes by how far
 # their edges are, and errs.
 PARTS = (6, 9), (8, 12), (9, 13), (12, 18), (12, 9)
 # What noise, before the flow shift. A refinement of the paper's strength begins at 0.7; above it,

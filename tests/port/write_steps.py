@@ -3,7 +3,7 @@ with.
 
     python tests/port/write_steps.py OUT.safetensors
 
-What the values are, tests/reference/README.md tells. Other tests show that this code agrees with
+tests/reference/README.md describes the values. Other tests show that this code agrees with
 the references, and tests/port/test_port.py that the file is what this script writes. The order of
 the computation is in the file's metadata, under "order".
 """
