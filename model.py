@@ -364,13 +364,16 @@ class CausalConv3d(nn.Conv3d):
 
     def with_past(self, x, history):
         """`x` with the two frames before it, (B, C, F + 2, H, W)."""
-        past = history.get(self)
-        if past is None:
-            batch, channels, _, height, width = x.shape
-            past = x.new_zeros(batch, channels, 2, height, width)
-        x = torch.cat([past, x], dim=2)
+        x = torch.cat([self.past_of(x, history), x], dim=2)
         history[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk in memory
         return x
+
+    def past_of(self, x, history):
+        """The two frames before `x`."""
+        if self in history:
+            return history[self]
+        batch, channels, _, height, width = x.shape
+        return x.new_zeros(batch, channels, 2, height, width)
 
 
 def conv3d_by_conv2d(x, weight, bias, padding):
@@ -760,11 +763,14 @@ class Tile(NamedTuple):
 def tile_groups(tiles, count):
     """The tiles in lists of up to `count` neighbours of the same size, to be processed at once."""
     groups = []
+    group = []  # the last of them
     for tile in tiles:
-        is_first = len(groups) == 0
-        if is_first or len(groups[-1]) == count or groups[-1][0].size != tile.size:
-            groups.append([])
-        groups[-1].append(tile)
+        is_full = len(group) == count
+        has_other_size = len(group) > 0 and group[0].size != tile.size
+        if len(groups) == 0 or is_full or has_other_size:
+            group = []
+            groups.append(group)
+        group.append(tile)
     return groups
 
 

@@ -98,6 +98,7 @@ def load_models(plan, run):
         transformer_class = parallel.SharedTransformer if several else model.WanTransformer
         vae_class = parallel.SharedVAE if several else model.WanVAE
         window_attention = freeswim.grouped_window
+        load_vae = partial(vae_class.from_pretrained, folder / "vae", device)
         empty = model.build(transformer_class, folder / "transformer")
         placement = memory.plan_memory(plan, empty, device)
         run.relief = memory.relief(placement, device)
@@ -107,6 +108,11 @@ def load_models(plan, run):
             kind = (device, getattr(torch, plan.dtype), empty.head_dim)
             transformer_class = fast.transformer_for(*kind, transformer_class)
             window_attention = fast.window_for(*kind)
+            half = plan.vae_dtype == "float16"
+            tiles_at_once = 1 if placement.is_tight else 4
+            load_vae = partial(
+                fast.load_vae, vae_class, folder / "vae", device, half, tiles_at_once
+            )
 
         load = partial(load_transformer, plan, device, folder, transformer_class, placement)
         if plan.boundary is None:
@@ -114,12 +120,7 @@ def load_models(plan, run):
         else:
             like = model.build(transformer_class, folder / "transformer")
             transformer = Experts(load, plan.boundary, like)
-        if device.type == "cuda":
-            half = plan.vae_dtype == "float16"
-            tiles_at_once = 1 if placement.is_tight else 4
-            vae = fast.load_vae(vae_class, folder / "vae", device, half, tiles_at_once)
-        else:
-            vae = vae_class.from_pretrained(folder / "vae", device)
+        vae = load_vae()
         cache = memory.CacheOnCPU(device) if placement.cache_on_cpu else {}
     return Models(folder, transformer, vae, window_attention, cache)
 

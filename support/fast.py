@@ -161,13 +161,12 @@ class FastCausalConv3d(CausalConv3d):
         return torch.nn.Conv3d.forward(self, self.with_past(x, history))
 
     def with_past(self, x, history):
-        """Channels last, what is remembered too: otherwise all of it would be copied each time."""
-        past = history.get(self)
-        if past is None:
-            batch, channels, _, height, width = x.shape
-            past = x.new_zeros(batch, channels, 2, height, width)
-        history[self] = past.contiguous(memory_format=torch.channels_last_3d)
         return super().with_past(x.contiguous(memory_format=torch.channels_last_3d), history)
+
+    def past_of(self, x, history):
+        """Channels last too: otherwise `x` would be copied together with it each time."""
+        past = super().past_of(x, history)
+        return past.contiguous(memory_format=torch.channels_last_3d)
 
 
 def use_fast_layers(module):

@@ -80,7 +80,8 @@ class Change:
 
 def parse_lora(option, text):
     """FILE or FILE:WEIGHT as a Lora. Raises UserError for a weight that is not a number."""
-    file, weight = text, 1.0
+    file = text
+    weight = 1.0
     if not text.endswith(".safetensors") and ":" in text:
         file, _, number = text.rpartition(":")
         try:
@@ -158,17 +159,17 @@ def find_changes(transformer, loras):
 def read_file(lora):
     """Shapes by name, and the alpha of the metadata or None."""
     try:
+        header = model.read_header(lora.file)
         with model.opened(lora.file) as tensors:
-            header = {}
-            for name in tensors.keys():
-                entry = tensors.get_slice(name)
-                if entry.get_dtype() not in model.FLOATS:
-                    refuse(lora, f"{name} is {entry.get_dtype()}, not floating-point numbers")
-                header[name] = tuple(entry.get_shape())
             metadata = tensors.metadata() or {}
     except model.CheckpointError as error:
         raise UserError(f"{lora.option} {error}") from None
-    return header, alpha_of(lora, metadata)
+    shapes = {}
+    for name, (dtype, shape) in header.items():
+        if dtype not in model.FLOATS:
+            refuse(lora, f"{name} is {dtype}, not floating-point numbers")
+        shapes[name] = shape
+    return shapes, alpha_of(lora, metadata)
 
 
 def alpha_of(lora, metadata):
@@ -227,7 +228,8 @@ def check_parts(lora, parts, header, wanted):
             refuse(lora, f"{parts[other]} is there, but not the {part} matrix that belongs to it")
     up = header[parts["up"]]
     down = header[parts["down"]]
-    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0]:
+    are_matrices = len(up) >= 2 and len(down) >= 2
+    if not are_matrices or math.prod(up[1:]) != down[0]:
         refuse(lora, f"{parts['up']} {up} and {parts['down']} {down} do not fit each other")
     made = (up[0], math.prod(down[1:]))
     if made != (wanted[0], math.prod(wanted[1:])):

@@ -78,7 +78,8 @@ def read_picture(image, file, most, start):
         image.seek(index)
         image.load()  # of WebP, the duration is known only then
         duration = Fraction(image.info.get("duration") or 0)
-        if len(frames) < most and 1000 * start < sum(durations) + max(duration, 1):
+        shown_until = sum(durations) + max(duration, 1)
+        if len(frames) < most and 1000 * start < shown_until:
             times.append(Fraction(sum(durations)) / 1000)
             frames.append(upright_rgb(image))
         durations.append(duration)

@@ -174,12 +174,12 @@ def relief(placement, device):
 class Needed:
     """Bytes that one process needs on its GPU."""
 
-    blocks: int  # weights of the transformer's blocks
-    block: int  # those of one
-    other_weights: int  # its other weights, and the VAE's
-    working: int  # tensors of all its tokens
-    cache: int  # cross-attention outputs of all blocks
-    cache_of_block: int
+    blocks: float  # weights of the transformer's blocks
+    block: float  # those of one
+    other_weights: float  # its other weights, and the VAE's
+    working: float  # tensors of all its tokens
+    cache: float  # cross-attention outputs of all blocks
+    cache_of_block: float
 
     def on_gpu(self, cache_on_cpu=False, stream_weights=False):
         cache = self.cache_of_block if cache_on_cpu else self.cache
@@ -200,16 +200,16 @@ def memory_needed(plan, transformer):
     tokens = num_tokens * dim * itemsize / world_size()  # bytes
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     of_block = sum(parameter.numel() for parameter in transformer.blocks[0].parameters())
-    number = len(transformer.blocks)
-    blocks = number * of_block
+    count = len(transformer.blocks)
+    blocks = count * of_block
     if plan.shard_weights:
         blocks = blocks / world_size() + 2 * of_block  # its share, and the two that are in use
     cache_of_block = 0 if plan.cache_interval is None else tokens
     return Needed(
         blocks=blocks * itemsize,
         block=of_block * itemsize,
-        other_weights=(parameters - number * of_block) * itemsize + VAE_WEIGHTS,
+        other_weights=(parameters - count * of_block) * itemsize + VAE_WEIGHTS,
         working=WORKING_TENSORS * tokens,
-        cache=number * cache_of_block,
+        cache=count * cache_of_block,
         cache_of_block=cache_of_block,
     )

@@ -320,12 +320,13 @@ def settle_flow_shift(options, preset):
 def settle_guidance(options, preset):
     """Guidance of both experts, and a note on LoRAs that want none."""
     notes = []
-    if (options["lora"] or options["lora_2"]) and options["resume"] is None:
-        if options["steps"] is None and options["guidance"] is None:
-            notes.append(
-                "LoRAs distilled to few steps want them, and no guidance: "
-                "--steps 4 --guidance 1 --flow-shift 5 --base-shift 5"
-            )
+    has_lora = options["lora"] or options["lora_2"]
+    is_typed = options["steps"] is not None or options["guidance"] is not None
+    if has_lora and not is_typed and options["resume"] is None:
+        notes.append(
+            "a LoRA that was distilled to few steps needs few steps and no guidance: "
+            "--steps 4 --guidance 1 --flow-shift 5 --base-shift 5"
+        )
     if options["guidance"] is None:
         options["guidance"] = preset.guidance
         if options["guidance_2"] is None:

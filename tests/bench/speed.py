@@ -3,7 +3,7 @@ some to have only those:
 
     attention   one window attention at 1080p, beside full attention and the authors' order
     step        a block, a step and 35 steps at 1080p: plain, compiled, with flash-attn-4
-    memory      the peak of a pass: with the cache, without, with features or weights on the CPU
+    memory      the peak of a pass: with the cache, without, with cache or weights on the CPU
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     vae         encode and decode at 1080p, beside Diffusers'
