@@ -128,6 +128,9 @@ def load_models(plan, run):
 def load_transformer(plan, device, folder, transformer_class, placement, name):
     """The transformer in the part `name` of a model, with its LoRAs, where it was planned."""
     start = time.time()
+    noise = "high" if name == "transformer" else "low"
+    if plan.boundary is not None:
+        parallel.say(f"loading the expert for {noise} noise")
     options = {"shard": plan.shard_weights} if parallel.is_launched() else {}
     if plan.lora_changes[name]:
         options["adjust"] = partial(lora.merge, plan.lora_changes[name], device)
@@ -140,8 +143,7 @@ def load_transformer(plan, device, folder, transformer_class, placement, name):
     if placement.stream_weights:
         memory.stream_blocks(transformer, device)
     if plan.boundary is not None:
-        noise = "high" if name == "transformer" else "low"
-        parallel.say(f"loaded the expert for {noise} noise in {time.time() - start:.0f} s")
+        parallel.say(f"it took {time.time() - start:.1f} s to load")
     return transformer
 
 
@@ -151,7 +153,7 @@ def check_same_weights(plan, folder):
     before = plan.record.fingerprints.setdefault("weights", fingerprint)
     if before != fingerprint:
         raise UserError(
-            f"--resume {plan.output}: its weights is not what it began with ({folder}); put them "
+            f"--resume {plan.output}: its weights are not those it began with ({folder}); put them "
             "back, or begin anew"
         )
 

@@ -112,26 +112,27 @@ def gather(x, length):
     return torch.cat(cut, dim=1)
 
 
+@torch.compiler.disable  # or the compiler would copy what is received once more
 def trade(x, given, taken, length):
     """Deal out dimension `given` of `x` to the ranks, and get all shares of dimension `taken`,
-    which is `length` long in all."""
-    parts = x.tensor_split(dist.get_world_size(), given)
-    sent = torch.cat([part.flatten() for part in parts])
+    which is `length` long in all.
+
+    What is sent has `taken` as its first dimension, so that what is received is whole as it
+    arrives. The result is a view of it.
+    """
+    parts = []  # one for each rank
+    for part in x.tensor_split(dist.get_world_size(), given):
+        parts.append(part.movedim(taken, 0))
     sent_sizes = [part.numel() for part in parts]
+    sent = x.new_empty(x.numel())
+    for place, part in zip(sent.split(sent_sizes), parts, strict=True):
+        place.view(part.shape).copy_(part)
 
-    shapes = []  # of what each rank sends to this one
-    for share in shares(length):
-        shape = list(parts[dist.get_rank()].shape)
-        shape[taken] = share
-        shapes.append(shape)
-    sizes = [math.prod(shape) for shape in shapes]
-    received = x.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, sent_sizes)
-
-    pieces = []
-    for piece, shape in zip(received.split(sizes), shapes, strict=True):
-        pieces.append(piece.view(shape))
-    return torch.cat(pieces, dim=taken)
+    row_shape = parts[dist.get_rank()].shape[1:]
+    received = x.new_empty(length, *row_shape)
+    sizes = [share * math.prod(row_shape) for share in shares(length)]
+    dist.all_to_all_single(received.view(-1), sent, sizes, sent_sizes)
+    return received.movedim(0, taken)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,71 +23,78 @@ from support.experts import Experts
 
 def main():
     parallel.start()
-    device, ranks = parallel.device_of(sys.argv[1]), dist.get_world_size()
+    device = parallel.device_of(sys.argv[1])
     torch.backends.cudnn.allow_tf32 = False
-    for name, interval in (("wide", 2), ("odd", None)):
-        folder, case = REFERENCE / name / "transformer", load(name)
-        case.transformer.to(device)
-        case.expected = {key: value.to(device) for key, value in case.expected.items()}
-        expected = refined(case, cache_interval=interval)
-        whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
-        for cls, shard in product(shared_classes(device), (False, True)):
-            case.transformer = cls.from_pretrained(folder, device, shard=shard)
-            assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
-            given = (case.expected[name] for name in ("latents", "timestep", "text"))
-            own_tokens = case.transformer.embed(*given)[0].shape[1]
-            assert own_tokens <= math.ceil(math.prod(case.meta["grid"]) / ranks)
-        steps = len(case.meta["timesteps"])
-        attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
-        sent = traded(partial(refined, case, cache_interval=interval))
-        assert sent == attentions * formula(case.transformer, case.meta)
-        blocks = case.transformer.blocks
-        started = count_collectives(lambda blocks=blocks: [block.eps for block in blocks])
-        assert started == 0  # nobody talks because somebody looks at the blocks
-        for block in case.transformer.blocks:
-            block.reshard()
-        own = sum(
-            parameter.to_local().numel() for parameter in case.transformer.blocks.parameters()
-        )
-        assert own <= 1.2 * whole / ranks + 1000  # only its share of the weights
-        exact = parallel.SharedTransformer.from_pretrained(folder, device, torch.bfloat16)
-        case.transformer = parallel.SharedTransformer.from_pretrained(
-            folder, device, torch.bfloat16, shard=True
-        )
-        low = refined(case, cache_interval=interval)
-        case.transformer = exact
-        assert (
-            relative(low, refined(case, cache_interval=interval)) <= 1e-5
-        )  # spread weights are the same weights
+    check_refinement("wide", 2, device)
+    check_refinement("odd", None, device)
+    check_base_and_vae(device)
+    print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees")
 
-        check_experts(case, folder, device, interval)
 
+def check_refinement(name, interval, device):
+    ranks = dist.get_world_size()
+    folder = REFERENCE / name / "transformer"
+    case = load(name)
+    case.transformer.to(device)
+    case.expected = {key: value.to(device) for key, value in case.expected.items()}
+    expected = refined(case, cache_interval=interval)
+    whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
+
+    for cls, shard in product(shared_classes(device), (False, True)):
+        case.transformer = cls.from_pretrained(folder, device, shard=shard)
+        assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
+        given = (case.expected[name] for name in ("latents", "timestep", "text"))
+        own_tokens = case.transformer.embed(*given)[0].shape[1]
+        assert own_tokens <= math.ceil(math.prod(case.meta["grid"]) / ranks)
+
+    steps = len(case.meta["timesteps"])
+    attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
+    sent = traded(partial(refined, case, cache_interval=interval))
+    assert sent == attentions * formula(case.transformer, case.meta)
+
+    blocks = case.transformer.blocks
+    started = count_collectives(lambda: [block.eps for block in blocks])
+    assert started == 0  # nobody talks because somebody looks at the blocks
+    for block in blocks:
+        block.reshard()
+    own = sum(parameter.to_local().numel() for parameter in blocks.parameters())
+    assert own <= 1.2 * whole / ranks + 1000  # only its share of the weights
+
+    load_shared = partial(parallel.SharedTransformer.from_pretrained, folder, device)
+    case.transformer = load_shared(torch.bfloat16, shard=True)
+    spread = refined(case, cache_interval=interval)
+    case.transformer = load_shared(torch.bfloat16)
+    assert relative(spread, refined(case, cache_interval=interval)) <= 1e-5  # the same weights
+
+    check_experts(case, folder, device, interval)
+    check_exchanges_are_not_compiled(case, folder, device)
+
+
+def check_base_and_vae(device):
+    """`generate`, with heads that cannot be shared evenly, and the VAE."""
     torch.manual_seed(0)
-    config = {
-        **exact.config,
-        "num_attention_heads": 5,
-        "attention_head_dim": 12,
-    }  # heads that cannot be shared evenly
-    alone, shared = (
-        cls(config).eval().to(device) for cls in (WanTransformer, parallel.SharedTransformer)
-    )
+    folder = REFERENCE / "wide" / "transformer"
+    config = WanTransformer.from_pretrained(folder).config
+    config = config | {"num_attention_heads": 5, "attention_head_dim": 12}
+    alone = WanTransformer(config).eval().to(device)
+    shared = parallel.SharedTransformer(config).eval().to(device)
     shared.load_state_dict(alone.state_dict())
-    folder = REFERENCE / "wide" / "vae"
     text, negative = torch.randn(2, 2, 7, config["text_dim"]).to(device)
+    expected = base_latents(alone, text, negative)
+    assert relative(base_latents(shared, text, negative), expected) <= 1e-5
+
+    folder = REFERENCE / "wide" / "vae"
+    alone = WanVAE.from_pretrained(folder, device)
+    shared = parallel.SharedVAE.from_pretrained(folder, device)
     video = upsample(torch.rand(1, 3, 5, 40, 48).to(device) * 2 - 1, 264, 400)
+    latents = alone.encode(video)
+    assert relative(shared.encode(video), latents) <= 1e-5
+    assert relative(shared.decode(latents), alone.decode(latents)) <= 1e-5
 
-    def results(transformer, vae):
-        draw = torch.Generator().manual_seed(1)
-        base = generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=draw)
-        latents = vae.encode(video)
-        return base, latents, vae.decode(latents)
 
-    expected = results(alone, WanVAE.from_pretrained(folder, device))
-    for result, one in zip(
-        results(shared, parallel.SharedVAE.from_pretrained(folder, device)), expected, strict=True
-    ):
-        assert relative(result, one) <= 1e-5
-    print(f"rank {dist.get_rank()} of {ranks} agrees")
+def base_latents(transformer, text, negative):
+    draw = torch.Generator().manual_seed(1)
+    return generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=draw)
 
 
 def shared_classes(device):
@@ -114,28 +121,38 @@ def check_experts(case, folder, device, interval):
     assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
 
 
+def check_exchanges_are_not_compiled(case, folder, device):
+    """The compiler has collectives of its own, which copy what they receive once more."""
+    transformer = parallel.SharedTransformer.from_pretrained(folder, device)
+    for block in transformer.blocks:
+        block.self_attention = torch.compile(block.self_attention, backend="eager")
+    case.transformer = transformer
+    refined(case)
+    compiled = {metrics.co_name for metrics in torch._dynamo.utils.get_compilation_metrics()}
+    assert "self_attention" in compiled
+    assert "trade" not in compiled
+
+
 def formula(transformer, meta):
     """Bytes that all ranks together send for one self-attention in every block: query, key, value
     and the result, but for what each has already: of its tokens, its heads. tests/README.md
     projects from it what more GPUs would give."""
-    tokens, heads, ranks = math.prod(meta["grid"]), transformer.heads, dist.get_world_size()
-    own = sum(
-        len(mine) * len(its)
-        for mine, its in zip(
-            torch.arange(tokens).tensor_split(ranks),
-            torch.arange(heads).tensor_split(ranks),
-            strict=True,
-        )
-    )
+    tokens = math.prod(meta["grid"])
+    heads = transformer.heads
+    own = 0
+    for my_tokens, my_heads in zip(parallel.shares(tokens), parallel.shares(heads), strict=True):
+        own += my_tokens * my_heads
     return 4 * len(transformer.blocks) * (tokens * heads - own) * transformer.head_dim * 4
 
 
 def traded(function):
     """Bytes that all ranks together send to others in the all-to-alls of a function."""
-    send, sent = dist.all_to_all_single, []
+    send = dist.all_to_all_single
+    sent = []
 
     def counted(received, given, sizes, given_sizes):
-        sent.append((sum(given_sizes) - given_sizes[dist.get_rank()]) * given.element_size())
+        to_others = sum(given_sizes) - given_sizes[dist.get_rank()]
+        sent.append(to_others * given.element_size())
         return send(received, given, sizes, given_sizes)
 
     dist.all_to_all_single = counted

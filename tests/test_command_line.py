@@ -222,7 +222,7 @@ def test_exchanged_weights_behind_a_link_are_noticed(checkpoint, tmp_path, linke
     tensors = load_file(file)
     tensors["proj_out.bias"] += 1
     save_file(tensors, file)
-    with pytest.raises(UserError, match="weights is not what it began with"):
+    with pytest.raises(UserError, match="weights are not those it began with"):
         run_here("--resume", tmp_path / "run")
 
 

@@ -268,8 +268,8 @@ def test_the_command(checkpoint, tmp_path, capsys):
     arguments = ["--model", folder, *SMALL, "--flow-shift", 9, "--base-shift", 5]
     run_here(*arguments, "--output", tmp_path / "run", "--guidance", 2, "--guidance-2", 3)
     errors = capsys.readouterr().err
-    assert errors.count("loaded the expert for high noise") == 2  # base clip and refinement
-    assert errors.count("loaded the expert for low noise") == 2
+    assert errors.count("loading the expert for high noise") == 2  # base clip and refinement
+    assert errors.count("loading the expert for low noise") == 2
     settings = record(tmp_path / "run")["settings"]
     assert (settings["guidance"], settings["guidance_2"]) == (2, 3)
     before = latents(tmp_path / "run")
@@ -289,7 +289,7 @@ def test_exchanged_weights_of_the_second_expert_are_noticed(checkpoint, tmp_path
         file.rename(tmp_path / part)
     shutil.copy(tmp_path / "transformer", folder / "transformer" / "model.safetensors")
     shutil.copy(tmp_path / "transformer", folder / "transformer_2" / "model.safetensors")
-    with pytest.raises(UserError, match="weights is not what it began with"):
+    with pytest.raises(UserError, match="weights are not those it began with"):
         run_here("--resume", tmp_path / "run")
 
 

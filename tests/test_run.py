@@ -211,7 +211,7 @@ def test_other_weights_are_noticed(finished, copy):
         weights = load_file(file)
         weights = {name: tensor + 1 for name, tensor in weights.items()}
         save_file(weights, file)
-        with refused("its weights is not", finished / "model"):
+        with refused("its weights are not", finished / "model"):
             run_here("--resume", copy)
     finally:
         file.write_bytes(before)

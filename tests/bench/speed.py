@@ -45,7 +45,9 @@ from support.fast import (
     CompiledTransformer,
     FastVAE,
     FlashTransformer,
+    flash_full_attention,
     flash_window,
+    try_full_attention,
     try_window,
     tuned_window,
 )
@@ -141,33 +143,49 @@ def random_parts(grid):
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
 
+def full_attentions():
+    """The full attentions that work here, by name."""
+    found = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        found[backend.name] = sdpa_kernel([backend])(full_attention)
+    try:
+        try_full_attention(torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+        found["flash-attn-4"] = flash_full_attention
+    except Exception as error:  # not installed, or not for this GPU
+        print(f"without flash-attn-4: {type(error).__name__}: {str(error)[:80]}")
+    return found
+
+
 def attention_table():
+    found = full_attentions()
     table("one self-attention, 1080p", "TFLOP/s")
     parts = random_parts(HD)
     flops = 4 * math.prod(HD) ** 2 * HEADS * HEAD_DIM
-    share, seconds = WINDOW[0] * WINDOW[1] / (HD[1] * HD[2]), {}  # of all pairs, the exact window's
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        with sdpa_kernel([backend]):
-            seconds[backend], _ = report(
-                f"full, {backend.name}", lambda: full_attention(*parts, SCALE), flops=flops
-            )
-    attend = time_major_window(HD, WINDOW)
-    report("window, (t, h, w) order", partial(attend, *parts), flops=share * flops)
-    expected = grouped_window(HD, WINDOW, SCALE)(*(part[:, :1] for part in parts))
+    seconds = {}
+    for name, attend in found.items():
+        full = partial(attend, *parts, SCALE)
+        seconds[name], _ = report(f"full, {name}", full, flops=flops)
+    best = min(seconds, key=seconds.get)
+
+    share = WINDOW[0] * WINDOW[1] / (HD[1] * HD[2])  # of all pairs, the exact window's
+    time_major = partial(time_major_window(HD, WINDOW), *parts)
+    report("window, (t, h, w) order", time_major, flops=share * flops)
+    first_head = [part[:, :1] for part in parts]
+    expected = grouped_window(HD, WINDOW, SCALE)(*first_head)
     off = {}
     for name, attend in windows(HD).items():
-        _, attended = report(f"window, ours, {name}", partial(attend, *parts), flops=share * flops)
+        window = partial(attend, *parts)
+        _, attended = report(f"window, ours, {name}", window, flops=share * flops)
         off[name] = f"{relative(attended[:, :1], expected):.1e}"
-    floor = 1000 * seconds[SDPBackend.CUDNN_ATTENTION] * share
-    print(
-        f"| floor: the window's pairs at cuDNN's rate | {floor:.1f} | | | |\n\noff from "
-        f"the groups: {off}"
-    )
+    floor = 1000 * seconds[best] * share
+    print(f"| floor: the window's pairs at the rate of {best} | {floor:.1f} | | | |")
+    print(f"\noff from the groups: {off}")
+
     report("window, ours, groups of queries", partial(grouped_window(HD, WINDOW, SCALE), *parts), 1)
     for prepare in (flex_window, tuned_window):
         for grid in (HD, UHD, HD):
-            seconds, peak, _ = clock(partial(prepare, grid, WINDOW, SCALE))
-            print(f"{prepare.__name__} prepared for {grid}: {seconds:.1f} s, peak {peak:.1f} GiB")
+            preparing, peak, _ = clock(partial(prepare, grid, WINDOW, SCALE))
+            print(f"{prepare.__name__} prepared for {grid}: {preparing:.1f} s, peak {peak:.1f} GiB")
 
 
 def random_transformer(cls, layers, dtype=torch.bfloat16, device="cuda", **changes):
@@ -346,58 +364,57 @@ def memory_14b_table():
 
 def sampled_attention(parts, sample, window=None):
     """Attention in float32 for the queries at `sample` alone: to all keys, or to those of its
-    inward window."""
+    inward window. (heads, len(sample), head_dim)"""
     query, key, value = parts
-    frames, height, width = UHD
-    grid = torch.arange(math.prod(UHD), device="cuda").view(height, width, frames)
     rows = []
     for index in sample.tolist():
-        seen = slice(None)
-        if window:
-            row, column = index // frames // width, index // frames % width
-            top, left = (
-                min(max(i - size // 2, 0), length - size)
-                for i, size, length in ((row, window[0], height), (column, window[1], width))
-            )
-            seen = grid[top : top + window[0], left : left + window[1]].flatten()
-        scores = (
-            query[0, :, index, None].float() @ key[0, :, seen].float().transpose(1, 2)
-        ) * SCALE
+        seen = slice(None) if window is None else seen_tokens(index, window)
+        keys = key[0, :, seen].float()
+        scores = query[0, :, index, None].float() @ keys.transpose(1, 2) * SCALE
         rows.append(scores.softmax(-1) @ value[0, :, seen].float())
-    return torch.cat(rows, 1)  # (heads, sample, head_dim)
+    return torch.cat(rows, 1)
+
+
+def seen_tokens(index, window):
+    """The tokens in the inward window of a token, by the definition."""
+    frames, height, width = UHD
+    row = index // frames // width
+    column = index // frames % width
+    top = min(max(row - window[0] // 2, 0), height - window[0])
+    left = min(max(column - window[1] // 2, 0), width - window[1])
+    grid = torch.arange(math.prod(UHD), device="cuda").view(height, width, frames)
+    return grid[top : top + window[0], left : left + window[1]].flatten()
 
 
 def uhd_table():
+    parts = random_parts(UHD)
+    sample = torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0))
+    found = windows(UHD)
     table("2160x3840")
-    parts, sample = (
-        random_parts(UHD),
-        torch.randint(math.prod(UHD), (200,), generator=torch.Generator().manual_seed(0)),
-    )
-    start = time.time()
-    found, errors = windows(UHD), {}
-    torch.cuda.synchronize()
-    print(
-        f"| preparing {' and '.join(found)} | {1000 * (time.time() - start):.0f} | | | |",
-        flush=True,
-    )
-    for name, attend, window in (
-        ("full", FULL, None),
-        *((name, attend, WINDOW) for name, attend in found.items()),
-    ):
-        _, attended = report(f"attention: {name}", partial(attend, *parts), 1)
-        errors[name] = (
-            f"{relative(attended[0, :, sample], sampled_attention(parts, sample, window)):.1e}"
-        )
+    errors = {}
+    for name, attend in full_attentions().items():
+        if name != "FLASH_ATTENTION":  # half as fast
+            _, attended = report(f"full attention: {name}", partial(attend, *parts, SCALE), 1)
+            exact = sampled_attention(parts, sample)
+            errors[name] = f"{relative(attended[0, :, sample], exact):.1e}"
+    for name, attend in found.items():
+        _, attended = report(f"window attention: {name}", partial(attend, *parts), 1)
+        exact = sampled_attention(parts, sample, WINDOW)
+        errors[f"windows by {name}"] = f"{relative(attended[0, :, sample], exact):.1e}"
     del parts, attended
-    block = (transformer := random_transformer(CompiledTransformer, 1)).blocks[0]
+
+    best_class = FlashTransformer if "flash-attn-4" in found else CompiledTransformer
+    transformer = random_transformer(best_class, 1)
+    block = transformer.blocks[0]
     tokens = torch.randn(1, math.prod(UHD), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     modulation = torch.randn(1, 6, HEADS * HEAD_DIM, device="cuda")
-    whole, part = (block.feed_forward(x, modulation) for x in (tokens, tokens[:, sample]))
-    errors["feed-forward, from the same positions alone"] = (
-        f"{relative(whole[:, sample], part):.1e}"
-    )
+    whole = block.feed_forward(tokens, modulation)
+    part = block.feed_forward(tokens[:, sample], modulation)
+    error = relative(whole[:, sample], part)
+    errors["feed-forward, from the same positions alone"] = f"{error:.1e}"
     del tokens, whole
-    print(STEPS, passes(transformer, UHD, list(found.values())[-1], "one block", 1), sep="\n")
+    fastest = list(found.values())[-1]
+    print(STEPS, passes(transformer, UHD, fastest, "one block", 1), sep="\n")
     print(f"\noff from float32 at 200 positions, all heads: {errors}", flush=True)
 
 
@@ -457,42 +474,37 @@ def diffusers_rows(config, ours, video, latents):
 def quick_table():
     from diffusers import AutoencoderKLWan
 
-    print(
-        "| bundled VAE, 17 frames of 192x128, CPU | ours, s | Diffusers, s | from "
-        "Diffusers' |\n|---|---|---|---|"
-    )
-    ours, theirs = (
-        WanVAE.from_pretrained(ROOT / "tiny" / "vae"),
-        AutoencoderKLWan.from_pretrained(ROOT / "tiny" / "vae"),
-    )
+    print("| bundled VAE, 17 frames of 192x128, CPU | ours, s | Diffusers, s | from Diffusers' |")
+    print("|---|---|---|---|")
+    ours = WanVAE.from_pretrained(ROOT / "tiny" / "vae")
+    theirs = AutoencoderKLWan.from_pretrained(ROOT / "tiny" / "vae")
     video = torch.rand(1, 3, 17, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = ours.encode(video)
 
-    def seconds(function):
-        times = []
-        for _ in range(3):
-            start = time.time()
-            result = function()
-            times.append(time.time() - start)
-        return sorted(times)[1], result
+    def encode_theirs():
+        return (theirs.encode(video).latent_dist.mode() - ours.mean) / ours.std
 
-    for name, mine, other in (
-        (
-            "encode",
-            lambda: ours.encode(video),
-            lambda: (theirs.encode(video).latent_dist.mode() - ours.mean) / ours.std,
-        ),
-        (
-            "decode",
-            lambda: ours.decode(latents),
-            lambda: theirs.decode(latents * ours.std + ours.mean).sample.clamp(-1, 1),
-        ),
-    ):
-        (own, result), (rival, expected) = seconds(mine), seconds(other)
-        print(
-            f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | "
-            f"{relative(result, expected):.1e} |"
-        )
+    def decode_theirs():
+        return theirs.decode(latents * ours.std + ours.mean).sample.clamp(-1, 1)
+
+    quick_row("encode", partial(ours.encode, video), encode_theirs)
+    quick_row("decode", partial(ours.decode, latents), decode_theirs)
+
+
+def quick_row(name, ours, theirs):
+    own, result = median_seconds(ours)
+    rival, expected = median_seconds(theirs)
+    error = relative(result, expected)
+    print(f"| {name} | {own:.2f} | {rival:.2f}, {rival / own:.1f} times | {error:.1e} |")
+
+
+def median_seconds(function):
+    times = []
+    for _ in range(3):
+        start = time.time()
+        result = function()
+        times.append(time.time() - start)
+    return sorted(times)[1], result
 
 
 def projection_table(window=0.1048, full=0.3095, step=10.12, link=136e9, network=50e9):
@@ -500,21 +512,18 @@ def projection_table(window=0.1048, full=0.3095, step=10.12, link=136e9, network
     bytes a second of an exchange between two GPUs as several.py measures it, copies included, and
     of the network to another host. Nothing is overlapped. tests/ranks.py counts bytes."""
     print("\n| GPUs | most heads on one | sent by each in a step | a step |\n|---|---|---|---|")
-    attentions = (
-        2 + 1 / 5
-    )  # in every block, in the mean: window and negative prompt's window, the full path
+    # In every block, in the mean: the window, that of the negative prompt, and the full path.
+    attentions = 2 + 1 / 5
     attention = LAYERS * (2 * window + full / 5)
+    parts = 4 * math.prod(HD) * HEADS * HEAD_DIM * 2  # bytes: query, key, value and the result
     for ranks, remote in ((2, 0), (4, 0), (8, 0), (16, 8 / 15)):  # the last on two hosts
-        heads = -(-HEADS // ranks)
-        sent = (
-            LAYERS * attentions * 4 * math.prod(HD) * HEADS * HEAD_DIM * 2 * (ranks - 1) / ranks**2
-        )
+        heads = math.ceil(HEADS / ranks)
+        sent = LAYERS * attentions * parts * (ranks - 1) / ranks**2
         trading = sent * ((1 - remote) / link + remote / network)
         seconds = attention * heads / HEADS + (step - attention) / ranks + trading
         print(
             f"| {ranks} | {heads} of {HEADS} | {sent / 1e9:.1f} GB, {trading:.2f} s | "
-            f"{seconds:.1f} s, "
-            f"{step / seconds:.1f} times faster |"
+            f"{seconds:.1f} s, {step / seconds:.1f} times faster |"
         )
 
 
@@ -540,7 +549,8 @@ def main():
     )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    if unknown := set(args.tables) - TABLES.keys():
+    unknown = set(args.tables) - TABLES.keys()
+    if unknown:
         parser.error(f"no such table: {', '.join(unknown)}")
     if args.quick:
         return quick_table()

@@ -5,7 +5,8 @@
 MODEL is 1.3b, 14b or 2.2 (two experts of the 14B, which share one file by a hard link). What comes
 after -- goes to sample.py. The text encoder has one layer and the bundled model's words. Prints a
 table of the stages, with seconds and peak memory. `--free GIB` leaves only so much of the GPU's
-memory to the command, as on a smaller card; `--layers N` makes fewer blocks.
+memory to the command, as on a smaller card; with several such numbers it runs once for each, and
+prints the least with which it completed. `--layers N` makes fewer blocks.
 """
 
 import argparse
@@ -83,13 +84,40 @@ def hold_all_but(gibibytes):
     return torch.empty(free - int(gibibytes * 2**30), dtype=torch.uint8, device="cuda")
 
 
+def run_sample(folder, size, options, output):
+    """Run the command, and print its lines but for progress bars. Returns its exit status, its
+    seconds and what it recorded of its stages."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder)]
+    command += ["--size", size, "--output", str(output), *options]
+    command += ["--prompt", "a large red striped fish swims right above a sandy floor"]
+    start = time.time()
+    # In text, the carriage returns of progress bars end lines too.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        for line in process.stderr:
+            is_unfinished_bar = "%|" in line and "100%|" not in line
+            if line.strip() and not is_unfinished_bar:
+                print(line.rstrip(), flush=True)
+    seconds = time.time() - start
+    stages = {}
+    record = output / "run.json"
+    if record.is_file():
+        stages = json.loads(record.read_text(encoding="utf-8"))["stages"]
+    return process.returncode, seconds, stages
+
+
+def print_stages(stages):
+    print("| stage | seconds | peak, GiB |\n|---|---|---|")
+    for name, stage in stages.items():
+        print(f"| {name} | {stage['seconds']:.1f} | {stage['peak_memory_gib']:.1f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", choices=("1.3b", "14b", "2.2"))
     parser.add_argument("size", help="WIDTHxHEIGHT")
-    parser.add_argument("--free", type=float, metavar="GIB")
+    parser.add_argument("--free", type=float, nargs="+", metavar="GIB", default=[None])
     parser.add_argument("--layers", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="of the model; made if it is not there")
     typed = sys.argv[1:]
@@ -98,30 +126,32 @@ def main():
         options = typed[typed.index("--") + 1 :]
         typed = typed[: typed.index("--")]
     arguments = parser.parse_args(typed)
+
+    print(*sys.argv[1:], flush=True)
+    today = time.strftime("%Y-%m-%d")
+    print(torch.cuda.get_device_name(), "PyTorch", torch.__version__, today, flush=True)
+    rows = []
+    completed = []  # GiB free
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "model"
         if not folder.exists():
             write_model(arguments.model, arguments.layers, folder)
-        held = None if arguments.free is None else hold_all_but(arguments.free)
-        output = Path(temporary) / "run"
-        command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder)]
-        command += ["--size", arguments.size, "--output", str(output), *options]
-        command += ["--prompt", "a large red striped fish swims right above a sandy floor"]
-        start = time.time()
-        process = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8")
-        seconds = time.time() - start
-        del held
-        lines = process.stderr.replace("\r", "\n").splitlines()
-        for line in lines:
-            if "%|" not in line:
-                print(line)
-        print(" ".join(sys.argv[1:]), torch.cuda.get_device_name(), torch.__version__)
-        print(f"exit status {process.returncode}, {seconds:.1f} s")
-        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        print("| stage | seconds | peak, GiB |\n|---|---|---|")
-        for name, stage in record["stages"].items():
-            print(f"| {name} | {stage['seconds']:.1f} | {stage['peak_memory_gib']:.1f} |")
-    return process.returncode
+        for number, free in enumerate(arguments.free):
+            held = None if free is None else hold_all_but(free)
+            output = Path(temporary) / f"run{number}"
+            status, seconds, stages = run_sample(folder, arguments.size, options, output)
+            del held
+            print(f"exit status {status}, {seconds:.1f} s")
+            print_stages(stages)
+            peak = max((stage["peak_memory_gib"] for stage in stages.values()), default=0)
+            rows.append(f"| {free} | {status} | {seconds:.0f} | {peak:.1f} |")
+            if status == 0:
+                completed.append(free)
+    if arguments.free != [None]:
+        print("\n| GiB free | exit status | seconds | peak, GiB |\n|---|---|---|---|")
+        print(*rows, sep="\n")
+        print(f"the least with which it completed: {min(completed, default='none')} GiB free")
+    return 0 if len(completed) == len(arguments.free) else 1
 
 
 if __name__ == "__main__":
