@@ -84,11 +84,14 @@ def hold_all_but(gibibytes):
     return torch.empty(free - int(gibibytes * 2**30), dtype=torch.uint8, device="cuda")
 
 
-def run_sample(folder, size, options, output):
+def run_sample(processes, folder, size, options, output):
     """Run the command, and print its lines but for progress bars. Returns its exit status, its
-    seconds and what it recorded of its stages."""
-    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder)]
-    command += ["--size", size, "--output", str(output), *options]
+    seconds and what it recorded of its stages; the peaks are those of the first process."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(ROOT / "sample.py"), "--model", str(folder), "--size", size]
+    command += ["--output", str(output), *options]
     command += ["--prompt", "a large red striped fish swims right above a sandy floor"]
     start = time.time()
     # In text, the carriage returns of progress bars end lines too.
@@ -118,6 +121,7 @@ def main():
     parser.add_argument("model", choices=("1.3b", "14b", "2.2"))
     parser.add_argument("size", help="WIDTHxHEIGHT")
     parser.add_argument("--free", type=float, nargs="+", metavar="GIB", default=[None])
+    parser.add_argument("--processes", type=int, metavar="N", default=1, help="GPUs")
     parser.add_argument("--layers", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="of the model; made if it is not there")
     typed = sys.argv[1:]
@@ -139,7 +143,9 @@ def main():
         for number, free in enumerate(arguments.free):
             held = None if free is None else hold_all_but(free)
             output = Path(temporary) / f"run{number}"
-            status, seconds, stages = run_sample(folder, arguments.size, options, output)
+            status, seconds, stages = run_sample(
+                arguments.processes, folder, arguments.size, options, output
+            )
             del held
             print(f"exit status {status}, {seconds:.1f} s")
             print_stages(stages)
