@@ -313,11 +313,15 @@ class WanTransformer(nn.Module):
         """From the last block's tokens to the velocity, (B, 16, T, 2H, 2W) float32. `grid` is
         (T, H, W)."""
         frames, height, width = grid
-        shift, scale = (self.scale_shift_table + time_emb[:, None]).chunk(2, dim=1)  # (B, 1, D)
-        patches = self.proj_out(modulate(tokens, shift, scale, self.eps)).float()
+        patches = self.to_patches(tokens, time_emb).float()
         patches = patches.view(-1, height, width, frames, 2, 2, self.channels)
         patches = patches.permute(0, 6, 3, 1, 4, 2, 5)  # (B, 16, T, H, 2, W, 2)
         return patches.flatten(5, 6).flatten(3, 4)
+
+    def to_patches(self, tokens, time_emb):
+        """A patch of 2 x 2 latents for every token, (B, N, 64)."""
+        shift, scale = (self.scale_shift_table + time_emb[:, None]).chunk(2, dim=1)  # (B, 1, D)
+        return self.proj_out(modulate(tokens, shift, scale, self.eps))
 
     def forward(self, latents, timestep, text, attend=None):
         """The velocity, noise - clean, at `latents`: float32, in their shape. Inputs are as in

@@ -71,7 +71,8 @@ def main(arguments):
                 write_refined(plan, run, video, refined)
             del video  # on a GPU, the next refinement needs its memory
 
-        run.write("comparison.png", partial(media.write_comparison, strips=strips))
+        with run.stage("write"):
+            run.write("comparison.png", partial(media.write_comparison, strips=strips))
         run.write_record()
     for name in plan.record.files:
         if name != "state" and parallel.is_first():
@@ -210,7 +211,8 @@ def make_base_clip(plan, models, run, prompts):
         latents = run.load_or_compute("base", partial(generate, plan, models, prompts))
         with run.stage("decode base") as progress:
             base = models.vae.decode(latents, plan.tiled, progress).cpu()
-    run.write("base.mp4", partial(media.write_video, video=base, fps=plan.fps))
+    with run.stage("write"):
+        run.write("base.mp4", partial(media.write_video, video=base, fps=plan.fps))
     return base
 
 
@@ -315,9 +317,10 @@ def middle(plan, video):
 def write_refined(plan, run, video, latents):
     run.record.latents_sha256 = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
     write = partial(media.write_video, video=video, fps=plan.fps, sound=read_sound(plan))
-    run.write("freeswim.mp4", write)
-    if plan.frames == 1:
-        run.write("freeswim.png", partial(media.write_picture, video=video))
+    with run.stage("write"):
+        run.write("freeswim.mp4", write)
+        if plan.frames == 1:
+            run.write("freeswim.png", partial(media.write_picture, video=video))
 
 
 def read_sound(plan):

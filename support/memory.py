@@ -6,10 +6,12 @@ for each other. On a CPU, streams do nothing, and the same code copies at once.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 
+from freeswim import HEADS_AT_A_TIME
 from support.command_line import world_size
 from support.parallel import say
 
@@ -187,9 +189,23 @@ class Needed:
         return weights + self.other_weights + self.working + cache
 
 
-# As measured: tests/bench/speed.py estimate.
-WORKING_TENSORS = 10.2  # of all tokens, beside the cache
+# As measured by tests/bench: speed.py estimate, several.py. Tensors of all tokens of a process, at
+# the most at once: of a block, of its attention, if that took all heads at a time, and what
+# processes exchange.
+BLOCK_TENSORS = 7.7
+ATTENTION_TENSORS = 7
+EXCHANGED_TENSORS = 4
 VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
+
+
+def working_tensors(heads):
+    """How many tensors of all its tokens a process needs at the most, beside the cache."""
+    heads_of_process = math.ceil(heads / world_size())
+    at_a_time = min(HEADS_AT_A_TIME, heads_of_process) / heads_of_process
+    count = BLOCK_TENSORS + ATTENTION_TENSORS * at_a_time
+    if world_size() > 1:
+        count += EXCHANGED_TENSORS
+    return count
 
 
 def memory_needed(plan, transformer):
@@ -209,7 +225,7 @@ def memory_needed(plan, transformer):
         blocks=blocks * itemsize,
         block=of_block * itemsize,
         other_weights=(parameters - count * of_block) * itemsize + VAE_WEIGHTS,
-        working=WORKING_TENSORS * tokens,
+        working=working_tensors(transformer.heads) * tokens,
         cache=count * cache_of_block,
         cache_of_block=cache_of_block,
     )

@@ -7,7 +7,6 @@ tokens of the rank's own heads. Shares may be unequal.
 """
 
 import atexit
-import math
 import sys
 from collections import deque
 from datetime import timedelta
@@ -15,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from model import Block, WanTransformer, WanVAE, build, find_weights, read_weights
 from support.command_line import is_launched, local_rank, rank
@@ -40,9 +40,9 @@ def is_first():
 
 
 def say(line):
-    """Print a line to stderr, in the first process only."""
+    """Print a line to stderr, above a progress bar if there is one, in the first process only."""
     if is_first():
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
 
 
 def device_of(name):
@@ -112,26 +112,33 @@ def gather(x, length):
     return torch.cat(cut, dim=1)
 
 
-@torch.compiler.disable  # or the compiler would copy what is received once more
+@torch.compiler.disable  # the compiler's own collectives would copy what is received once more
 def trade(x, given, taken, length):
-    """Deal out dimension `given` of `x` to the ranks, and get all shares of dimension `taken`,
-    which is `length` long in all.
+    """An all-to-all: deal out dimension `given` of `x` to the ranks, and get all shares of
+    dimension `taken`, which is `length` long in all.
 
-    What is sent has `taken` as its first dimension, so that what is received is whole as it
-    arrives. The result is a view of it.
+    With `taken` as the first dimension, what is received is whole as it arrives. The result is a
+    view of that.
     """
+    me = dist.get_rank()
     parts = []  # one for each rank
     for part in x.tensor_split(dist.get_world_size(), given):
         parts.append(part.movedim(taken, 0))
-    sent_sizes = [part.numel() for part in parts]
-    sent = x.new_empty(x.numel())
-    for place, part in zip(sent.split(sent_sizes), parts, strict=True):
-        place.view(part.shape).copy_(part)
+    received = x.new_empty(length, *parts[me].shape[1:])
+    places = received.split(shares(length))
 
-    row_shape = parts[dist.get_rank()].shape[1:]
-    received = x.new_empty(length, *row_shape)
-    sizes = [share * math.prod(row_shape) for share in shares(length)]
-    dist.all_to_all_single(received.view(-1), sent, sizes, sent_sizes)
+    transfers = []
+    for peer in range(dist.get_world_size()):
+        if peer == me:
+            continue
+        if parts[peer].numel() > 0:
+            transfers.append(dist.P2POp(dist.isend, parts[peer].contiguous(), peer))
+        if places[peer].numel() > 0:
+            transfers.append(dist.P2POp(dist.irecv, places[peer], peer))
+    started = dist.batch_isend_irecv(transfers) if transfers else []
+    places[me].copy_(parts[me])
+    for transfer in started:
+        transfer.wait()
     return received.movedim(0, taken)
 
 
@@ -232,8 +239,8 @@ class SharedTransformer(WanTransformer):
         rotary = (own_part(cos, 0), own_part(sin, 0))
         return own_part(tokens, 1), time_emb, modulation, context, rotary
 
-    def unembed(self, tokens, time_emb, grid):
-        return super().unembed(gather(tokens, math.prod(grid)), time_emb, grid)
+    def to_patches(self, tokens, time_emb):
+        return gather(super().to_patches(tokens, time_emb), self.exchange.length)
 
 
 class SharedVAE(WanVAE):

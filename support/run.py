@@ -286,6 +286,8 @@ class Run:
             yield partial(tqdm, desc=name, disable=not parallel.is_first())
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # or what is queued counts for the next stage
+        except RunError:  # a file cannot be written
+            raise
         except (MemoryError, RuntimeError) as error:
             raise explained(error, name, self.relief, self.resume_hint()) from None
         finally:

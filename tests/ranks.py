@@ -147,17 +147,18 @@ def formula(transformer, meta):
 
 def traded(function):
     """Bytes that all ranks together send to others in the all-to-alls of a function."""
-    send = dist.all_to_all_single
+    batch = dist.batch_isend_irecv
     sent = []
 
-    def counted(received, given, sizes, given_sizes):
-        to_others = sum(given_sizes) - given_sizes[dist.get_rank()]
-        sent.append(to_others * given.element_size())
-        return send(received, given, sizes, given_sizes)
+    def counted(transfers):
+        for transfer in transfers:
+            if transfer.op == dist.isend:
+                sent.append(transfer.tensor.nbytes)
+        return batch(transfers)
 
-    dist.all_to_all_single = counted
+    dist.batch_isend_irecv = counted
     function()
-    dist.all_to_all_single = send
+    dist.batch_isend_irecv = batch
     total = torch.tensor(sum(sent))
     dist.all_reduce(total)
     return total.item()

@@ -21,7 +21,19 @@ import torch.distributed as dist
 
 BENCH = Path(__file__).parent
 sys.path[:0] = [str(BENCH), str(BENCH.parent), str(BENCH.parent.parent)]
-from speed import HD, HEAD_DIM, HEADS, LAYERS, PUBLISHED, SCALE, WINDOW, inputs, random_transformer
+from speed import (
+    HD,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    PUBLISHED,
+    SCALE,
+    WINDOW,
+    expected_memory,
+    inputs,
+    random_transformer,
+    without_blocks,
+)
 
 from freeswim import predict_cached, predict_dual
 from support import fast, parallel
@@ -52,7 +64,8 @@ def clock(function, together):
 
 
 def step_seconds(transformer_class, window_attention, together):
-    """Seconds of a step with cache interval 5 and without cache, and the peak in GiB."""
+    """Seconds of a step with cache interval 5 and without cache, the peak in GiB, and what
+    support/memory.py expects of it with several processes."""
     transformer = random_transformer(transformer_class, BLOCKS)
     given = inputs(HD)
     attend = window_attention(HD, WINDOW, SCALE)
@@ -65,16 +78,17 @@ def step_seconds(transformer_class, window_attention, together):
         peaks.append(peak)
         return seconds
 
-    embedding = seconds_of(partial(transformer.embed, *given))
+    rest = seconds_of(partial(without_blocks, transformer, *given))
 
     def for_all_blocks(function):
         seconds = seconds_of(function)
-        return (seconds - embedding) / BLOCKS * LAYERS + embedding
+        return (seconds - rest) / BLOCKS * LAYERS + rest
 
     dual = for_all_blocks(partial(predict_dual, transformer, *given, attend, attend_full, cache))
     cached = for_all_blocks(partial(predict_cached, transformer, *given, attend, cache))
     window = for_all_blocks(partial(transformer, *given, attend))
-    return (dual + 4 * cached) / 5 + window, 2 * dual, max(peaks)
+    expected = expected_memory(transformer, HD, False, False) / 2**30 if together else math.nan
+    return (dual + 4 * cached) / 5 + window, 2 * dual, max(peaks), expected
 
 
 def step_table():
@@ -104,7 +118,8 @@ def step_table():
             say(
                 f"| {dist.get_world_size()} processes, {name} | "
                 f"{several[0]:.2f}, {one[0] / several[0]:.2f} times as fast | "
-                f"{several[1]:.2f}, {one[1] / several[1]:.2f} times | {several[2]:.1f} |"
+                f"{several[1]:.2f}, {one[1] / several[1]:.2f} times | "
+                f"{several[2]:.2f}, expected {several[3]:.2f} |"
             )
         dist.barrier()
 

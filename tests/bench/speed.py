@@ -226,18 +226,28 @@ def passes(transformer, grid, window, name, repeats=3):
     attend_full = partial(transformer.full_attention, scale=SCALE)
     dual = partial(predict_dual, transformer, *given, window, attend_full, cache)
     cached = partial(predict_cached, transformer, *given, window, cache)
-    embedding, _ = report(f"{name}: no block", partial(transformer.embed, *given), repeats)
+    without = partial(without_blocks, transformer, *given)
+    rest, _ = report(f"{name}: no block", without, repeats)
     both, _ = report(f"{name}: both paths", dual, repeats)
     kept, _ = report(f"{name}: window, cached", cached, repeats)
     own, _ = report(f"{name}: window, own text", partial(transformer, *given, window), repeats)
-    both, kept, own = (
-        (seconds - embedding) / layers * LAYERS + embedding for seconds in (both, kept, own)
-    )
+    both = (both - rest) / layers * LAYERS + rest
+    kept = (kept - rest) / layers * LAYERS + rest
+    own = (own - rest) / layers * LAYERS + rest
     return (
         f"| {name} | {(both + 4 * kept) / 5 + own:.1f} | {2 * both:.1f} | "
         f"{7 * both + 28 * kept + 35 * own:.0f} | "
         f"{35 * 2 * both:.0f} |"
     )
+
+
+def without_blocks(transformer, *given):
+    """A pass through what is before and behind the blocks."""
+    blocks = transformer.blocks
+    transformer.blocks = torch.nn.ModuleList()
+    velocity = transformer(*given)
+    transformer.blocks = blocks
+    return velocity
 
 
 STEPS = (
