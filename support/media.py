@@ -332,8 +332,8 @@ def to_video(clip):
 
 def to_frame(video, index):
     """Frame `index` of a video, uint8 (H, W, 3)."""
-    pixels = (video[0, :, index].float().cpu() + 1) * 127.5
-    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels = (video[0, :, index].float() + 1) * 127.5
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,6 +373,7 @@ def add_video_stream(container, height, width, fps):
     stream.width = width
     stream.pix_fmt = "yuv420p"
     codec = stream.codec_context
+    codec.thread_type = "FRAME"  # several frames at a time; slices of one keep few cores busy
     codec.colorspace = BT709
     codec.color_primaries = ColorPrimaries.BT709
     codec.color_trc = ColorTrc.BT709

@@ -1,8 +1,8 @@
 """Several GPUs beside one, in the same run:
 
-    torchrun --nproc-per-node N tests/bench/several.py
+    torchrun --nproc-per-node N tests/bench/several.py [TABLE ...]
 
-The first process works alone while the others wait, then all of them share the work. Random weights
+The tables are step, exchange and vae; without a name, all of them. The first process works alone while the others wait, then all of them share the work. Random weights
 of the 1.3B's dimensions in bfloat16, 81 frames of 1920x1088. Passes of three blocks are timed; a
 step is worked out from them for 30, as all blocks are alike. Memory is the allocated peak of one
 GPU.
@@ -131,7 +131,15 @@ def exchange_table():
     num_tokens = math.prod(HD)
     shape = (1, HEADS, num_tokens // ranks, HEAD_DIM)
     query = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    seconds, _ = clock(partial(parallel.trade, query, 1, 2, num_tokens // ranks * ranks), True)
+    times = 10
+    num_tokens = num_tokens // ranks * ranks
+
+    def trade_often():
+        for _ in range(times):
+            parallel.trade(query, 1, 2, num_tokens)
+
+    seconds, _ = clock(trade_often, together=True)
+    seconds = seconds / times
     sent = query.numel() * query.element_size() * (ranks - 1) // ranks
     say(
         f"| (1, {HEADS}, {shape[2]}, {HEAD_DIM}) | {sent} | {1000 * seconds:.2f} | "
@@ -157,14 +165,16 @@ def vae_table():
         dist.barrier()
 
 
+TABLES = {"step": step_table, "exchange": exchange_table, "vae": vae_table}
+
+
 @torch.no_grad()
 def main():
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     say(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"))
-    step_table()
-    exchange_table()
-    vae_table()
+    for name in sys.argv[1:] or TABLES:
+        TABLES[name]()
     dist.destroy_process_group()
 
 
