@@ -300,7 +300,9 @@ def refine(plan, models, run, prompts, latents, name, variant):
             save=partial(run.save, state_name),
         )
 
-    return run.load_or_compute(name, compute)
+    refined = run.load_or_compute(name, compute)
+    models.cache.clear()  # the VAE needs its memory
+    return refined
 
 
 def decode(plan, models, run, latents, name):

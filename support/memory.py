@@ -80,6 +80,12 @@ class CacheOnCPU:
             self.fetch(index + 1)
         return outputs
 
+    def clear(self):
+        self.copies.wait()
+        self.kept.clear()
+        self.moving_index = None
+        self.moving = None
+
     def fetch(self, index):
         outputs = torch.empty_like(self.kept[index], device=self.device)
         self.copies.start([outputs], [self.kept[index]])

@@ -244,6 +244,10 @@ def test_the_cache_on_the_cpu(case, interval):
         assert torch.equal(
             refined(case, latents, cache_interval=2, cross_attention_cache=cache), expected
         )
+    cache.clear()
+    assert len(cache) == 0
+    again = refined(case, cache_interval=interval, cross_attention_cache=cache)
+    assert torch.equal(again, refined(case, cache_interval=interval))
 
 
 def test_streamed_blocks(case):

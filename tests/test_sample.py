@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
+import sample
 from support import hub, media
 from support.settings import make_plan
 
@@ -77,6 +78,19 @@ def test_run_json_tells_everything(first_run):
         stage = content["stages"][name]
         assert stage["seconds"] >= 0
         assert stage["peak_memory_gib"] > 0
+
+
+def test_the_cache_is_gone_when_the_vae_decodes(checkpoint, monkeypatch, tmp_path):
+    decode = sample.decode
+    outputs = []
+
+    def seen(plan, models, *rest):
+        outputs.append(len(models.cache))
+        return decode(plan, models, *rest)
+
+    monkeypatch.setattr(sample, "decode", seen)
+    run_here("--model", checkpoint, "--output", tmp_path, *SMALL)
+    assert outputs == [0]
 
 
 def test_a_seed_gives_the_same_latents_bit_for_bit(checkpoint, tmp_path):

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node N tests/bench/several.py [TABLE ...]
 
-The tables are step, exchange and vae; without a name, all of them. The first process works alone while the others wait, then all of them share the work. Random weights
-of the 1.3B's dimensions in bfloat16, 81 frames of 1920x1088. Passes of three blocks are timed; a
-step is worked out from them for 30, as all blocks are alike. Memory is the allocated peak of one
-GPU.
+The tables are step, exchange and vae; without a name, all of them. The first process works alone
+while the others wait, then all of them share the work. Random weights of the 1.3B's dimensions in
+bfloat16, 81 frames of 1920x1088. Passes of three blocks are timed; a step is worked out from them
+for 30, as all blocks are alike. Memory is the allocated peak of one GPU.
 """
 
 import json

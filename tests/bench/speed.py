@@ -517,7 +517,7 @@ def median_seconds(function):
     return sorted(times)[1], result
 
 
-def projection_table(window=0.1048, full=0.3095, step=10.12, link=136e9, network=50e9):
+def projection_table(window=0.1048, full=0.3095, step=10.14, link=161e9, network=50e9):
     """Seconds of one H100 by the tables above and by several.py, compiled, with Triton windows;
     bytes a second of an exchange between two GPUs as several.py measures it, copies included, and
     of the network to another host. Nothing is overlapped. tests/ranks.py counts bytes."""
