@@ -198,9 +198,9 @@ class Needed:
 # As measured by tests/bench: speed.py estimate, several.py. Tensors of all tokens of a process, at
 # the most at once: of a block, of its attention, if that took all heads at a time, and what
 # processes exchange.
-BLOCK_TENSORS = 7.7
+BLOCK_TENSORS = 8
 ATTENTION_TENSORS = 7
-EXCHANGED_TENSORS = 4
+EXCHANGED_TENSORS = 3.5
 VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
 
 

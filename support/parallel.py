@@ -47,10 +47,12 @@ def say(line):
 
 def device_of(name):
     """The device of this process. Of several on a host, each has its own GPU."""
-    if name == "cpu" or not dist.is_initialized():
-        return torch.device(name)
-    torch.cuda.set_device(local_rank())
-    return torch.device("cuda", local_rank())
+    device = torch.device(name)
+    if device.type == "cuda" and dist.is_initialized():
+        device = torch.device("cuda", local_rank())
+    if device.index is not None:
+        torch.cuda.set_device(device)  # some libraries start their kernels on the current one
+    return device
 
 
 def from_first(compute):

@@ -15,6 +15,8 @@ from command import ROOT, SMALL, latents, run_here
 from oracle import relative
 from safetensors.torch import load_file
 
+from support import parallel
+
 SETTINGS = [*SMALL, "--cache-interval", "2"]
 
 
@@ -53,6 +55,14 @@ def test_ranks_agree_with_one(device, ranks):
         pytest.skip("needs a CUDA device")
     output = finish(torchrun(ranks, ROOT / "tests" / "ranks.py", device))
     assert all(f"rank {rank} of {ranks} agrees" in output for rank in range(ranks))
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert parallel.device_of(name) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
 
 
 def refined(folder):
