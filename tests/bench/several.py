@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +64,18 @@ def clock(function, together):
     return min(times), torch.cuda.max_memory_allocated() / 2**30
 
 
-def step_seconds(transformer_class, window_attention, together):
-    """Seconds of a step with cache interval 5 and without cache, the peak in GiB, and what
-    support/memory.py expects of it with several processes."""
+@dataclass
+class Step:
+    """Seconds of a step with cache interval 5 and without a cache, the peak of memory in GiB, and
+    what support/memory.py expects of it."""
+
+    cached: float
+    uncached: float
+    peak: float
+    expected: float
+
+
+def measure_step(transformer_class, window_attention, together):
     transformer = random_transformer(transformer_class, BLOCKS)
     given = inputs(HD)
     attend = window_attention(HD, WINDOW, SCALE)
@@ -87,8 +97,12 @@ def step_seconds(transformer_class, window_attention, together):
     dual = for_all_blocks(partial(predict_dual, transformer, *given, attend, attend_full, cache))
     cached = for_all_blocks(partial(predict_cached, transformer, *given, attend, cache))
     window = for_all_blocks(partial(transformer, *given, attend))
-    expected = expected_memory(transformer, HD, False, False) / 2**30 if together else math.nan
-    return (dual + 4 * cached) / 5 + window, 2 * dual, max(peaks), expected
+    return Step(
+        cached=(dual + 4 * cached) / 5 + window,
+        uncached=2 * dual,
+        peak=max(peaks),
+        expected=expected_memory(transformer, HD, False, False) / 2**30,  # by all processes
+    )
 
 
 def step_table():
@@ -110,16 +124,16 @@ def step_table():
             continue
         one = None
         if dist.get_rank() == 0:
-            one = step_seconds(alone, window_attention, together=False)
-            say(f"| one process, {name} | {one[0]:.2f} | {one[1]:.2f} | {one[2]:.1f} |")
+            one = measure_step(alone, window_attention, together=False)
+            say(f"| one process, {name} | {one.cached:.2f} | {one.uncached:.2f} | {one.peak:.1f} |")
         dist.barrier()
-        several = step_seconds(shared, window_attention, together=True)
+        several = measure_step(shared, window_attention, together=True)
         if one is not None:
             say(
                 f"| {dist.get_world_size()} processes, {name} | "
-                f"{several[0]:.2f}, {one[0] / several[0]:.2f} times as fast | "
-                f"{several[1]:.2f}, {one[1] / several[1]:.2f} times | "
-                f"{several[2]:.2f}, expected {several[3]:.2f} |"
+                f"{several.cached:.2f}, {one.cached / several.cached:.2f} times as fast | "
+                f"{several.uncached:.2f}, {one.uncached / several.uncached:.2f} times | "
+                f"{several.peak:.2f}, expected {several.expected:.2f} |"
             )
         dist.barrier()
 
@@ -170,6 +184,9 @@ TABLES = {"step": step_table, "exchange": exchange_table, "vae": vae_table}
 
 @torch.no_grad()
 def main():
+    unknown = set(sys.argv[1:]) - TABLES.keys()
+    if unknown:
+        sys.exit(f"no such table: {', '.join(unknown)}; there are {', '.join(TABLES)}")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     say(torch.cuda.get_device_name(), "PyTorch", torch.__version__, time.strftime("%Y-%m-%d"))
