@@ -1,12 +1,18 @@
-"""The documents say what is true: the Python example runs as printed, links and options exist."""
+"""The documents say what is true: the Python example runs as printed, links and options exist,
+numbers are those that are computed."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import speed
+import torch
 from command import ROOT, parse
+
+from model import WanTransformer
 
 DOCUMENTS = sorted(
     file for file in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(file.parts)
@@ -75,3 +81,45 @@ def test_lengths_of_files():
         files = [path] if path.is_file() else list(path.glob("*.py"))
         count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert abs(count - int(lines)) <= 0.1 * count, f"{name} has {count} lines"
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers of tests/README.md that can be computed again without a GPU
+
+MEASUREMENTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+PLACES = ((False, False), (True, False), (True, True))  # cache on the CPU, weights on the CPU
+
+
+def transformer_of(layers, **changes):
+    text = (speed.PUBLISHED / "transformer" / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text) | changes | {"num_layers": layers}
+    with torch.device("meta"):
+        return WanTransformer(config)
+
+
+def expected_gib(transformer, grid, place):
+    return f"{speed.expected_memory(transformer, grid, *place) / 2**30:.2f}"
+
+
+def test_expected_memory_is_near_what_was_measured(monkeypatch):
+    """Never lower than the peak, and at most 15 % higher."""
+    pairs = re.findall(r"(\d+\.\d\d), expected (\d+\.\d\d)", MEASUREMENTS)
+    for peak, expected in pairs:
+        assert 1 <= float(expected) / float(peak) <= 1.15
+    computed = []
+    for place in PLACES:
+        computed.append(expected_gib(transformer_of(4), speed.HD, place))
+        computed.append(expected_gib(transformer_of(4), speed.UHD, place))
+        computed.append(expected_gib(transformer_of(4, **speed.B14), speed.HD, place))
+    for ranks in ("2", "2", "4", "4"):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        computed.append(expected_gib(transformer_of(3), speed.HD, PLACES[0]))
+    assert [expected for _, expected in pairs] == computed
+
+
+def test_the_projection_is_what_is_computed(capsys):
+    speed.projection_table()
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert len(rows) == 6
+    for row in rows:
+        assert row.replace("| 16 |", "| 16, two hosts |") in MEASUREMENTS
