@@ -120,7 +120,7 @@ def load_models(plan, run):
             transformer = load("transformer")
         else:
             like = model.build(transformer_class, folder / "transformer")
-            transformer = Experts(load, plan.boundary, like)
+            transformer = Experts(partial(load_expert, load), plan.boundary, like)
         vae = load_vae()
         cache = memory.CacheOnCPU(device) if placement.cache_on_cpu else {}
     return Models(folder, transformer, vae, window_attention, cache)
@@ -128,10 +128,6 @@ def load_models(plan, run):
 
 def load_transformer(plan, device, folder, transformer_class, placement, name):
     """The transformer in the part `name` of a model, with its LoRAs, where it was planned."""
-    start = time.time()
-    noise = "high" if name == "transformer" else "low"
-    if plan.boundary is not None:
-        parallel.say(f"loading the expert for {noise} noise")
     options = {"shard": plan.shard_weights} if parallel.is_launched() else {}
     if plan.lora_changes[name]:
         options["adjust"] = partial(lora.merge, plan.lora_changes[name], device)
@@ -143,8 +139,16 @@ def load_transformer(plan, device, folder, transformer_class, placement, name):
     )
     if placement.stream_weights:
         memory.stream_blocks(transformer, device)
-    if plan.boundary is not None:
-        parallel.say(f"it took {time.time() - start:.1f} s to load")
+    return transformer
+
+
+def load_expert(load, name):
+    """One of Wan2.2's two transformers, by `load(name)`. Lines say so, as it may take a while."""
+    noise = "high" if name == "transformer" else "low"
+    parallel.say(f"loading the expert for {noise} noise")
+    start = time.time()
+    transformer = load(name)
+    parallel.say(f"it took {time.time() - start:.1f} s to load")
     return transformer
 
 

@@ -333,7 +333,8 @@ def to_video(clip):
 def to_frame(video, index):
     """Frame `index` of a video, uint8 (H, W, 3)."""
     pixels = (video[0, :, index].float() + 1) * 127.5
-    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    pixels = pixels.round().clamp(0, 255).byte()
+    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------

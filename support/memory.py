@@ -195,12 +195,11 @@ class Needed:
         return weights + self.other_weights + self.working + cache
 
 
-# As measured by tests/bench: speed.py estimate, several.py. Tensors of all tokens of a process, at
-# the most at once: of a block, of its attention, if that took all heads at a time, and what
-# processes exchange.
-BLOCK_TENSORS = 8
-ATTENTION_TENSORS = 7
-EXCHANGED_TENSORS = 3.5
+# How many tensors of all tokens of a process are in memory at the most, beside the cache. They were
+# fitted to peaks that tests/bench measured: speed.py estimate, several.py.
+BLOCK_TENSORS = 8  # in any case
+ATTENTION_TENSORS = 7  # more, if attention took all heads at a time
+EXCHANGED_TENSORS = 3.5  # more, if there are several processes
 VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
 
 

@@ -32,6 +32,7 @@ def main():
 
 
 def check_refinement(name, interval, device):
+    """The refinement of a reference set: its result, what is sent, and who holds which weights."""
     ranks = dist.get_world_size()
     folder = REFERENCE / name / "transformer"
     case = load(name)
@@ -43,7 +44,7 @@ def check_refinement(name, interval, device):
     for cls, shard in product(shared_classes(device), (False, True)):
         case.transformer = cls.from_pretrained(folder, device, shard=shard)
         assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
-        given = (case.expected[name] for name in ("latents", "timestep", "text"))
+        given = [case.expected[key] for key in ("latents", "timestep", "text")]
         own_tokens = case.transformer.embed(*given)[0].shape[1]
         assert own_tokens <= math.ceil(math.prod(case.meta["grid"]) / ranks)
 

@@ -295,8 +295,11 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     assert said.count("\n") == 1 and f"of {free}" in said
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_several_ranks_need_less_each(monkeypatch, ranks):
+@pytest.mark.parametrize(
+    "ranks, tensors",  # of 12, 6 and 2 heads, 4 are attended at a time
+    [(1, 8 + 7 * 4 / 12), (2, 8 + 7 * 4 / 6 + 3.5), (8, 8 + 7 + 3.5)],
+)
+def test_several_ranks_need_less_each(monkeypatch, ranks, tensors):
     """Each has its share of the tokens and of their cache, and all weights unless these are spread
     too."""
     transformer = empty_transformer()
@@ -305,6 +308,7 @@ def test_several_ranks_need_less_each(monkeypatch, ranks):
     each = memory.memory_needed(plan_of_1080p(), transformer)
     assert each.cache == alone.cache / ranks
     assert each.blocks == alone.blocks
+    assert each.working == pytest.approx(tensors * each.cache_of_block)
     assert each.working <= alone.working
     spread = memory.memory_needed(plan_of_1080p(shard_weights=True), transformer)
     assert spread.blocks == pytest.approx(alone.blocks / ranks + 2 * alone.block)

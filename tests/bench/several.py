@@ -33,6 +33,7 @@ from speed import (
     expected_memory,
     inputs,
     random_transformer,
+    with_all_blocks,
     without_blocks,
 )
 
@@ -88,11 +89,10 @@ def measure_step(transformer_class, window_attention, together):
         peaks.append(peak)
         return seconds
 
-    rest = seconds_of(partial(without_blocks, transformer, *given))
+    outside = seconds_of(partial(without_blocks, transformer, *given))
 
     def for_all_blocks(function):
-        seconds = seconds_of(function)
-        return (seconds - rest) / BLOCKS * LAYERS + rest
+        return with_all_blocks(seconds_of(function), outside, BLOCKS)
 
     dual = for_all_blocks(partial(predict_dual, transformer, *given, attend, attend_full, cache))
     cached = for_all_blocks(partial(predict_cached, transformer, *given, attend, cache))

@@ -165,6 +165,8 @@ def attention_table():
     for name, attend in found.items():
         full = partial(attend, *parts, SCALE)
         seconds[name], _ = report(f"full, {name}", full, flops=flops)
+        if math.isnan(seconds[name]):  # it failed
+            del seconds[name]
     best = min(seconds, key=seconds.get)
 
     share = WINDOW[0] * WINDOW[1] / (HD[1] * HD[2])  # of all pairs, the exact window's
@@ -227,18 +229,23 @@ def passes(transformer, grid, window, name, repeats=3):
     dual = partial(predict_dual, transformer, *given, window, attend_full, cache)
     cached = partial(predict_cached, transformer, *given, window, cache)
     without = partial(without_blocks, transformer, *given)
-    rest, _ = report(f"{name}: no block", without, repeats)
+    outside, _ = report(f"{name}: no block", without, repeats)
     both, _ = report(f"{name}: both paths", dual, repeats)
     kept, _ = report(f"{name}: window, cached", cached, repeats)
     own, _ = report(f"{name}: window, own text", partial(transformer, *given, window), repeats)
-    both = (both - rest) / layers * LAYERS + rest
-    kept = (kept - rest) / layers * LAYERS + rest
-    own = (own - rest) / layers * LAYERS + rest
+    both = with_all_blocks(both, outside, layers)
+    kept = with_all_blocks(kept, outside, layers)
+    own = with_all_blocks(own, outside, layers)
     return (
         f"| {name} | {(both + 4 * kept) / 5 + own:.1f} | {2 * both:.1f} | "
         f"{7 * both + 28 * kept + 35 * own:.0f} | "
         f"{35 * 2 * both:.0f} |"
     )
+
+
+def with_all_blocks(seconds, outside, layers):
+    """Seconds of a pass with LAYERS blocks, from those with `layers` and with none (`outside`)."""
+    return (seconds - outside) / layers * LAYERS + outside
 
 
 def without_blocks(transformer, *given):

@@ -6,7 +6,8 @@ MODEL is 1.3b, 14b or 2.2 (two experts of the 14B, which share one file by a har
 after -- goes to sample.py. The text encoder has one layer and the bundled model's words. Prints a
 table of the stages, with seconds and peak memory. `--free GIB` leaves only so much of the GPU's
 memory to the command, as on a smaller card; with several such numbers it runs once for each, and
-prints the least with which it completed. `--layers N` makes fewer blocks.
+prints the least with which it completed. `--layers N` makes fewer blocks, and `--processes N`
+runs it on N GPUs.
 """
 
 import argparse
