@@ -145,7 +145,7 @@ class Placement:
 
 def plan_memory(plan, transformer, device):
     """The Placement of a run: what the user has said, else what fits into the GPU's free memory. A
-    line says so."""
+    line says so, and another one if that may not fit either."""
     if device.type == "cpu":
         return Placement(cache_on_cpu=False, stream_weights=False)
     free, _ = torch.cuda.mem_get_info(device)
@@ -161,7 +161,14 @@ def plan_memory(plan, transformer, device):
         f"weights on the {'CPU' if stream_weights else 'GPU'}: all on the GPU would take about "
         f"{needed.on_gpu() / 2**30:.0f} GiB of {free / 2**30:.0f}"
     )
-    return Placement(cache_on_cpu, stream_weights)
+    placement = Placement(cache_on_cpu, stream_weights)
+    expected = needed.on_gpu(cache_on_cpu, stream_weights)
+    if expected > free:  # not refused, as the peak may be a few percent lower
+        say(
+            f"this may take {expected / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; if memory "
+            f"runs out, {relief(placement, device)}"
+        )
+    return placement
 
 
 def relief(placement, device):

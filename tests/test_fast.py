@@ -291,8 +291,26 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected):
     placement = memory.plan_memory(plan, empty_transformer(), torch.device("cuda"))
     features, stream_weights = expected
     assert placement == memory.Placement(features == "cpu", stream_weights)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"of {free}" in said
+    assert capsys.readouterr().err.splitlines()[0].endswith(f"of {free}")
+
+
+@pytest.mark.parametrize(
+    "free, typed, expected",  # tests/README.md: 7.0 GiB complete, 6.5 do not
+    [
+        (7.0, {}, None),
+        (6.5, {}, "take 6.5 GiB, and 6.5 are free; if memory runs out, begin with a lower --size"),
+        (8.0, {"offload": False}, "take 8.9 GiB, and 8.0 are free; if memory runs out, go on with"),
+        (20.0, {"features": "gpu"}, "take 20.7 GiB, and 20.0 are free; if memory runs out, go on"),
+    ],
+)
+def test_a_line_says_when_memory_may_run_out(monkeypatch, capsys, free, typed, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 2**37))
+    memory.plan_memory(plan_of_1080p(**typed), empty_transformer(), torch.device("cuda"))
+    warnings = capsys.readouterr().err.splitlines()[1:]
+    if expected is None:
+        assert warnings == []
+    else:
+        assert len(warnings) == 1 and expected in warnings[0]
 
 
 @pytest.mark.parametrize(
