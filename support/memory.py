@@ -202,8 +202,8 @@ class Needed:
         return weights + self.other_weights + self.working + cache
 
 
-# How many tensors of all tokens of a process are in memory at the most, beside the cache. They were
-# fitted to peaks that tests/bench measured: speed.py estimate, several.py.
+# What `working_tensors` adds up, fitted to peaks that tests/bench measured: speed.py estimate and
+# several.py.
 BLOCK_TENSORS = 8  # in any case
 ATTENTION_TENSORS = 7  # more, if attention took all heads at a time
 EXCHANGED_TENSORS = 3.5  # more, if there are several processes

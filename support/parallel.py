@@ -114,13 +114,12 @@ def gather(x, length):
     return torch.cat(cut, dim=1)
 
 
-@torch.compiler.disable  # the compiler's own collectives would copy what is received once more
 def trade(x, given, taken, length):
     """An all-to-all: deal out dimension `given` of `x` to the ranks, and get all shares of
     dimension `taken`, which is `length` long in all.
 
-    With `taken` as the first dimension, what is received is whole as it arrives. The result is a
-    view of that.
+    What is sent has `taken` as its first dimension, so each rank's share arrives in its place in
+    one buffer, and nothing is put together afterwards. The result is a view of that buffer.
     """
     me = dist.get_rank()
     parts = []  # one for each rank
@@ -155,6 +154,8 @@ class Exchange:
         self.heads = heads
         self.length = 0  # tokens of all ranks
         self.wrappers = {}
+        # The compiler's own collectives would copy what is received once more.
+        self.trade = torch.compiler.disable(trade)
 
     def on_my_heads(self, attend):
         """`attend` for this rank's tokens of all heads. One object for each attention, because
@@ -162,13 +163,13 @@ class Exchange:
         if attend not in self.wrappers:
 
             def traded(query, key, value):
-                query = trade(query, 1, 2, self.length)  # (B, my heads, N, head_dim)
-                key = trade(key, 1, 2, self.length)
-                value = trade(value, 1, 2, self.length)
+                query = self.trade(query, 1, 2, self.length)  # (B, my heads, N, head_dim)
+                key = self.trade(key, 1, 2, self.length)
+                value = self.trade(value, 1, 2, self.length)
                 attended = query  # with more ranks than heads, some ranks have none
                 if query.shape[1] > 0:
                     attended = attend(query, key, value)
-                return trade(attended, 2, 1, self.heads)
+                return self.trade(attended, 2, 1, self.heads)
 
             self.wrappers[attend] = torch.compiler.disable(traded, recursive=False)
         return self.wrappers[attend]

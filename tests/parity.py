@@ -34,6 +34,14 @@ def randomise(model, seed=0):
     return model.eval()
 
 
+def empty_transformer(**changes):
+    """A transformer of the 1.3B's dimensions, or with `changes` of its config, without memory."""
+    file = TESTS / "wan2.1-t2v-1.3b" / "transformer" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        return WanTransformer(config | changes)
+
+
 def peak_memory(script, *arguments):
     """How many bytes the peak of a process rises above what the imports take while it runs
     `script`.

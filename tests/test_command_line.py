@@ -56,6 +56,15 @@ def test_help_and_bad_options_come_before_the_slow_imports():
         assert printed.splitlines()[-1] == f"{status} False"
 
 
+def test_the_compiler_is_not_imported_with_the_command():
+    """It takes seconds, and only a GPU needs it."""
+    code = "import sys, sample; print('torch._dynamo' in sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert printed == "False\n"
+
+
 def test_help_takes_less_than_half_a_second():
     """The best of five, as other tests may be running beside it."""
     times = []

@@ -1,7 +1,6 @@
 """The documents say what is true: the Python example runs as printed, links and options exist,
 numbers are those that are computed."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,10 +8,8 @@ import sys
 
 import pytest
 import speed
-import torch
 from command import ROOT, parse
-
-from model import WanTransformer
+from parity import empty_transformer
 
 DOCUMENTS = sorted(
     file for file in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(file.parts)
@@ -90,13 +87,6 @@ MEASUREMENTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 PLACES = ((False, False), (True, False), (True, True))  # cache on the CPU, weights on the CPU
 
 
-def transformer_of(layers, **changes):
-    text = (speed.PUBLISHED / "transformer" / "config.json").read_text(encoding="utf-8")
-    config = json.loads(text) | changes | {"num_layers": layers}
-    with torch.device("meta"):
-        return WanTransformer(config)
-
-
 def expected_gib(transformer, grid, place):
     return f"{speed.expected_memory(transformer, grid, *place) / 2**30:.2f}"
 
@@ -108,12 +98,14 @@ def test_expected_memory_is_near_what_was_measured(monkeypatch):
         assert 1 <= float(expected) / float(peak) <= 1.15
     computed = []
     for place in PLACES:
-        computed.append(expected_gib(transformer_of(4), speed.HD, place))
-        computed.append(expected_gib(transformer_of(4), speed.UHD, place))
-        computed.append(expected_gib(transformer_of(4, **speed.B14), speed.HD, place))
+        small = empty_transformer(num_layers=4)
+        large = empty_transformer(num_layers=4, **speed.B14)
+        computed.append(expected_gib(small, speed.HD, place))
+        computed.append(expected_gib(small, speed.UHD, place))
+        computed.append(expected_gib(large, speed.HD, place))
     for ranks in ("2", "2", "4", "4"):
         monkeypatch.setenv("WORLD_SIZE", ranks)
-        computed.append(expected_gib(transformer_of(3), speed.HD, PLACES[0]))
+        computed.append(expected_gib(empty_transformer(num_layers=3), speed.HD, PLACES[0]))
     assert [expected for _, expected in pairs] == computed
 
 

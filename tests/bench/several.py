@@ -68,7 +68,7 @@ def clock(function, together):
 @dataclass
 class Step:
     """Seconds of a step with cache interval 5 and without a cache, the peak of memory in GiB, and
-    what support/memory.py expects of it."""
+    the peak that support/memory.py expects where all processes share the work."""
 
     cached: float
     uncached: float
@@ -101,7 +101,7 @@ def measure_step(transformer_class, window_attention, together):
         cached=(dual + 4 * cached) / 5 + window,
         uncached=2 * dual,
         peak=max(peaks),
-        expected=expected_memory(transformer, HD, False, False) / 2**30,  # by all processes
+        expected=expected_memory(transformer, HD, False, False) / 2**30,
     )
 
 
