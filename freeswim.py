@@ -13,9 +13,9 @@ noised, and denoised again at the large size. Two paths run through the transfor
 The cross-attention output changes slowly from step to step, so it can be cached for several steps.
 
 Shapes: B clips, T latent frames, H x W tokens per frame, N = T * H * W tokens, D channels, L text
-tokens. One token is a patch of 2 x 2 latents, or 16 x 16 pixels. Tokens are ordered (h, w, t), time
-innermost. A `grid` is (T, H, W). A `window` is (rows, columns) of tokens, both odd; it spans all
-frames.
+tokens. Latents have Z channels, 16 in most models. One token is a patch of 2 x 2 latents, in most
+models 16 x 16 pixels. Tokens are ordered (h, w, t), time innermost. A `grid` is (T, H, W). A
+`window` is (rows, columns) of tokens, both odd; it spans all frames.
 """
 
 import math
@@ -24,7 +24,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import full_attention
+from model import full_attention, is_finite
+
+
+class StateError(ValueError):
+    """A saved state that `refine` cannot go on from. The message says what is wrong with it."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Latents that are not finite. The message says after which step."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Inward windows (paper, section 3.2)
@@ -58,7 +67,7 @@ def in_window(query_position, key_position, length, size, border="inward"):
     return (start <= key_position) & (key_position < start + size)
 
 
-def inward_mask(height, width, window, border="inward"):
+def window_mask(height, width, window, border="inward"):
     """Which positions of a frame may see which: bool (H*W, H*W), queries by keys, row-major."""
     row = torch.arange(height)
     column = torch.arange(width)
@@ -76,7 +85,7 @@ def dense_window(grid, window, scale=None, border="inward", device="cpu"):
     head_dim).
     """
     frames, height, width = grid
-    mask = inward_mask(height, width, window, border).to(device)
+    mask = window_mask(height, width, window, border).to(device)
     mask = mask.repeat_interleave(frames, dim=0).repeat_interleave(frames, dim=1)  # (N, N)
 
     def attend(query, key, value):
@@ -85,9 +94,9 @@ def dense_window(grid, window, scale=None, border="inward", device="cpu"):
     return attend
 
 
-def no_window(grid, window, scale=None, border="inward", device="cpu"):
+def no_window(grid, window, scale=None, border="inward", device="cpu", attention=full_attention):
     """Full attention in the place of a window attention, for ablations."""
-    return partial(full_attention, scale=scale)
+    return partial(attention, scale=scale)
 
 
 def attention_scale(head_dim, native_tokens):
@@ -102,18 +111,16 @@ def attention_scale(head_dim, native_tokens):
 
 def predict_dual(transformer, latents, timestep, text, attend_window, attend_full, cache=None):
     """The window path's velocity, with its cross-attention output replaced by the full path's in
-    every block. float32, in the shape of `latents`, (B, 16, T, 2H, 2W).
+    every block. float32, in the shape of `latents`, (B, Z, T, 2H, 2W).
 
     `timestep` is (B,) and `text` (B, L, text_dim). With a `cache`, a dict, the cross-attention
     outputs, (B, N, D), are kept there by block.
     """
-    _, _, frames, height, width = latents.shape
-    window_tokens, time_emb, modulation, context, rotary = transformer.embed(
-        latents, timestep, text
-    )
-    full_tokens = window_tokens  # both paths start from the same latents
+    tokens, time_emb, modulation, context, rotary, grid = transformer.embed(latents, timestep, text)
+    window_tokens = tokens  # both paths start from the same latents
+    full_tokens = tokens
     last = len(transformer.blocks) - 1
-    for index, block in enumerate(transformer.blocks):
+    for index, block in enumerate(transformer.prefetch(transformer.blocks)):
         window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
         full_tokens = block.self_attention(full_tokens, modulation, rotary, attend_full)
         cross_output = block.cross_attention(full_tokens, context)
@@ -124,7 +131,7 @@ def predict_dual(transformer, latents, timestep, text, attend_window, attend_ful
         window_tokens = window_tokens + cross_output
         del cross_output  # as large as all tokens, so it goes before the feed-forward network
         window_tokens = block.feed_forward(window_tokens, modulation)
-    return transformer.unembed(window_tokens, time_emb, (frames, height // 2, width // 2))
+    return transformer.unembed(window_tokens, time_emb, grid)
 
 
 def predict_cached(transformer, latents, timestep, text, attend_window, cache):
@@ -136,12 +143,11 @@ def predict_cached(transformer, latents, timestep, text, attend_window, cache):
             f"the cross-attention cache holds {len(cache)} of {len(transformer.blocks)} blocks; "
             "predict_dual has to fill it first"
         )
-    _, _, frames, height, width = latents.shape
-    tokens, time_emb, modulation, _, rotary = transformer.embed(latents, timestep, text)
-    for index, block in enumerate(transformer.blocks):
+    tokens, time_emb, modulation, _, rotary, grid = transformer.embed(latents, timestep, text)
+    for index, block in enumerate(transformer.prefetch(transformer.blocks)):
         tokens = block.self_attention(tokens, modulation, rotary, attend_window)
         tokens = block.feed_forward(tokens + cache[index], modulation)
-    return transformer.unembed(tokens, time_emb, (frames, height // 2, width // 2))
+    return transformer.unembed(tokens, time_emb, grid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,27 +168,27 @@ def generate(
     generator=None,
     progress=iter,
 ):
-    """Latents of a base clip, float32, of `shape` (B, 16, T, 2H, 2W), which should be native.
+    """Latents of a base clip, float32, of `shape` (B, Z, T, 2H, 2W), which should be native.
 
     `text` and `negative` are text embeddings, (B, L, text_dim). With `guidance` 1 the negative pass
     is skipped, and `negative` may be None. `guidance_2` is that of Wan2.2's second expert, by
     default the same. `generator` is a CPU generator, so that a seed gives the same noise on every
     device, or a list of them, one for each clip. `progress` may wrap the list of steps, like tqdm.
-    Raises ValueError for what cannot work.
+    Raises ValueError for what cannot work, and NotFiniteError if the latents overflow.
     """
     check_guidance(guidance, guidance_2, negative)
     solver = FlowUniPC(steps, flow_shift)
     latents = draw_noise(shape, generator, text.device)
     for t in progress(solver.timesteps):
+        transformer.select_expert(t)
         timestep = torch.full((shape[0],), t, device=text.device)
-        network = transformer.expert(t)
-        scale = guidance_at(t, transformer, guidance, guidance_2)
-        velocity = network(latents, timestep, text)
-        if scale != 1:
-            uncond = network(latents, timestep, negative)
-            velocity = uncond + scale * (velocity - uncond)
+        guidance_scale = guidance_at(t, transformer, guidance, guidance_2)
+        velocity = transformer(latents, timestep, text)
+        if guidance_scale != 1:
+            uncond = transformer(latents, timestep, negative)
+            velocity = uncond + guidance_scale * (velocity - uncond)
         latents = solver.step(velocity, latents)
-        del network  # Wan2.2's experts must not be in memory together
+        check_finite(latents, solver)
     return latents
 
 
@@ -224,7 +230,7 @@ def refine(
     state=None,
     save=None,
 ):
-    """Refined latents, float32, in the shape of `latents`, (B, 16, T, 2H, 2W): the upsampled clip,
+    """Refined latents, float32, in the shape of `latents`, (B, Z, T, 2H, 2W): the upsampled clip,
     encoded, no noise added.
 
     `native` is (rows, columns) of tokens of a native frame. `text`, `negative`, `guidance`,
@@ -244,12 +250,18 @@ def refine(
     is called with a dict of tensors before every step that does not read the cache. With such a
     `state`, on the device of `latents`, a later call goes on from there.
 
-    Raises ValueError for what cannot work.
+    Raises ValueError for what cannot work, StateError for a `state` of another refinement, and
+    NotFiniteError if the latents overflow.
     """
     check_refinement(latents, native, cache_interval)
     check_guidance(guidance, guidance_2, negative)
-    attention = prepare_attention(transformer, latents, native, scale_tokens, window_attention)
-    attend_window, attend_full = attention
+    attend_window, attend_full = prepare_attention(
+        transformer, latents, native, scale_tokens, window_attention
+    )
+    window_path = partial(transformer, attend=attend_window)
+    both_paths = partial(
+        predict_dual, transformer, attend_window=attend_window, attend_full=attend_full
+    )
     cache = {} if cross_attention_cache is None else cross_attention_cache
 
     solver = FlowUniPC(steps, flow_shift, strength)
@@ -263,31 +275,33 @@ def refine(
 
     remaining = list(enumerate(solver.timesteps))[solver.index :]
     for step, t in progress(remaining):
-        timestep = torch.full((latents.shape[0],), t, device=latents.device)
-        network = transformer.expert(t)
-        scale = guidance_at(t, transformer, guidance, guidance_2)
-        inputs = (network, latents, timestep)
+        transformer.select_expert(t)
         if save is not None and step not in reading_steps:
             save({"latents": latents, **solver.state_dict()})
 
-        if not override:
-            velocity = network(latents, timestep, text, attend_window)
-        elif cache_interval is None:
-            velocity = predict_dual(*inputs, text, attend_window, attend_full)
-        elif step not in reading_steps:
-            velocity = predict_dual(*inputs, text, attend_window, attend_full, cache)
-        else:
-            velocity = predict_cached(*inputs, text, attend_window, cache)
+        if not override:  # windows alone (section 3.2)
+            predict_cond = window_path
+            predict_uncond = window_path
+        elif cache_interval is None:  # both paths, for both prompts (section 3.3)
+            predict_cond = both_paths
+            predict_uncond = both_paths
+        elif step not in reading_steps:  # both paths, which fill the cache (section 3.4)
+            predict_cond = partial(both_paths, cache=cache)
+            predict_uncond = window_path
+        else:  # the window path with the cache
+            predict_cond = partial(
+                predict_cached, transformer, attend_window=attend_window, cache=cache
+            )
+            predict_uncond = window_path
 
-        if scale != 1:
-            if override and cache_interval is None:
-                uncond = predict_dual(*inputs, negative, attend_window, attend_full)
-            else:
-                uncond = network(latents, timestep, negative, attend_window)
-            velocity = uncond + scale * (velocity - uncond)
-
+        timestep = torch.full((latents.shape[0],), t, device=latents.device)
+        guidance_scale = guidance_at(t, transformer, guidance, guidance_2)
+        velocity = predict_cond(latents, timestep, text)
+        if guidance_scale != 1:
+            uncond = predict_uncond(latents, timestep, negative)
+            velocity = uncond + guidance_scale * (velocity - uncond)
         latents = solver.step(velocity, latents)
-        del network, inputs  # Wan2.2's experts must not be in memory together
+        check_finite(latents, solver)
     return latents
 
 
@@ -337,38 +351,55 @@ def draw_noise(shape, generator, device):
 
 
 def check_guidance(guidance, guidance_2, negative):
-    for scale in (guidance, guidance_2):
-        if scale not in (None, 1) and negative is None:
-            raise ValueError(f"guidance {scale} needs a negative prompt; only guidance 1 does not")
+    for guidance_scale in (guidance, guidance_2):
+        if guidance_scale not in (None, 1) and negative is None:
+            raise ValueError(
+                f"guidance {guidance_scale} needs a negative prompt; only guidance 1 does not"
+            )
 
 
 def check_refinement(latents, native, cache_interval):
     if latents.ndim != 5 or latents.shape[3] % 2 or latents.shape[4] % 2:
-        raise ValueError(f"latents are {tuple(latents.shape)}, but should be (B, 16, T, 2H, 2W)")
+        raise ValueError(f"latents are {tuple(latents.shape)}, but should be (B, Z, T, 2H, 2W)")
     if min(native) < 2:
         raise ValueError(f"native is {native} tokens, but must be at least (2, 2)")
+    height = latents.shape[3] // 2
+    width = latents.shape[4] // 2
+    if native[0] > height and native[1] > width:
+        raise ValueError(
+            f"native is {native} tokens, more than the {height} x {width} of the latents; it is "
+            "(rows, columns) of tokens, not pixels"
+        )
     if cache_interval is not None and cache_interval < 1:
         raise ValueError(f"cache_interval is {cache_interval}, but must be None or at least 1")
 
 
+def check_finite(latents, solver):
+    """Raise NotFiniteError, rather than go on to a black video."""
+    if not is_finite(latents):
+        raise NotFiniteError(
+            f"latents are not finite after step {solver.index} of {len(solver.timesteps)}"
+        )
+
+
 def resume(state, latents, solver, reading_steps):
-    """The latents of a state, to which the solver is set. Raises ValueError if it is of another
+    """The latents of a state, to which the solver is set. Raises StateError if it is of another
     refinement."""
-    if state["latents"].shape != latents.shape:
-        raise ValueError(
-            f"the state has latents of shape {tuple(state['latents'].shape)}, "
-            f"but the clip has {tuple(latents.shape)}"
-        )
-    sigmas = state.get("sigmas", solver.sigmas).to(solver.sigmas.device)
-    if not torch.equal(sigmas, solver.sigmas):
-        raise ValueError("the state is of other steps, another strength or another flow_shift")
-    step = int(state["step"])
-    if step in reading_steps:
-        raise ValueError(
-            f"step {step} of the state reads the cross-attention cache, which a state does not "
-            "hold; was it saved with another cache_interval?"
-        )
     solver.load_state_dict(state)
+    for name in ("latents", "start", "x0", "x0_before"):
+        tensor = state.get(name)
+        if tensor is not None and tensor.shape != latents.shape:
+            raise StateError(
+                f"the state has {name} of shape {tuple(tensor.shape)}, "
+                f"but the clip has {tuple(latents.shape)}"
+            )
+    if "latents" not in state:
+        raise StateError("the state has no latents")
+    if solver.index in reading_steps:
+        raise StateError(
+            f"step {solver.index} of the state reads the cross-attention cache, which a state does "
+            "not hold; was it saved with another cache_interval?"
+        )
     return state["latents"]
 
 
@@ -439,8 +470,11 @@ class FlowUniPC:
         phi_1 = torch.expm1(-h)
         phi_2 = -phi_1 / h - 1
         phi_3 = -phi_2 / h - 1 / 2
-        weight = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)  # makes the step exact for a quadratic x0
-        mixed = weight * self.expected_change(i) + (phi_2 / phi_1 - weight) * change
+        # Weights a and b that make the step exact for an x0 that is quadratic in lambda: they solve
+        # a + b = phi_2 / phi_1 and r * a + b = 2 * phi_3 / phi_1 (R_p(h) a_p B(h) = phi_p(h)).
+        a = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
+        b = phi_2 / phi_1 - a
+        mixed = a * self.expected_change(i) + b * change
         return self.advance(i, self.x0 + mixed)
 
     def expected_change(self, i):
@@ -466,7 +500,20 @@ class FlowUniPC:
         return state
 
     def load_state_dict(self, state):
+        """Raises StateError unless it is a whole state of these noise levels."""
+        for name in ("step", "sigmas"):
+            if name not in state:
+                raise StateError(f"the state has no {name}")
+        sigmas = state["sigmas"].to(self.sigmas.device)
+        if not torch.equal(sigmas, self.sigmas):
+            raise StateError("the state is of other steps, another strength or another flow_shift")
+        if state["step"].numel() != 1 or not 0 <= int(state["step"]) < len(self.timesteps):
+            raise StateError(f"the state's step is none of {len(self.timesteps)}")
         self.index = int(state["step"])
+        needed = {"start": 1, "x0": 1, "x0_before": 2}  # from which step on
+        for name, step in needed.items():
+            if self.index >= step and name not in state:
+                raise StateError(f"the state has no {name}")
         self.start = state.get("start")
         self.x0 = state.get("x0")
         self.x0_before = state.get("x0_before")
@@ -521,7 +568,24 @@ def queries_by_window(length, size, border):
 
 # FlexAttention's options that were fastest on H100 and H200. Other GPUs get its defaults.
 HOPPER_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "USE_TMA": True}
-HEADS_AT_A_TIME = 4  # more would need offsets of over 31 bits at 3840x2160
+# Kernels want query, key and value contiguous. A few heads at a time, these copies are small beside
+# all tokens: at 3840x2160, four heads of 128 take 0.65 GiB each in bfloat16.
+HEADS_AT_A_TIME = 4
+
+
+def few_heads_at_a_time(attend):
+    """An attention that gives `attend`, which is as large as all its heads, few of them at a
+    time."""
+
+    def attend_all(query, key, value, **options):
+        attended = torch.empty_like(query)
+        for first in range(0, query.shape[1], HEADS_AT_A_TIME):
+            heads = slice(first, first + HEADS_AT_A_TIME)
+            attended[:, heads] = attend(query[:, heads], key[:, heads], value[:, heads], **options)
+        return attended
+
+    # A kernel is compiled by itself, not as a part of a compiled transformer block.
+    return torch.compiler.disable(attend_all, recursive=False)
 
 
 def flex_window(grid, window, scale=None, border="inward", device="cuda", options=None):
@@ -553,21 +617,16 @@ def flex_window(grid, window, scale=None, border="inward", device="cuda", option
     compiled_attention = compile_for_each_shape(flex_attention)
 
     def attend(query, key, value):
-        attended = torch.empty_like(query)
-        for first in range(0, query.shape[1], HEADS_AT_A_TIME):
-            heads = slice(first, first + HEADS_AT_A_TIME)
-            attended[:, heads] = compiled_attention(
-                query[:, heads].contiguous(),
-                key[:, heads].contiguous(),
-                value[:, heads].contiguous(),
-                block_mask=mask,
-                scale=scale,
-                kernel_options=options,
-            )
-        return attended
+        return compiled_attention(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            block_mask=mask,
+            scale=scale,
+            kernel_options=options,
+        )
 
-    # The kernel is compiled by itself, not as a part of a compiled transformer block.
-    return torch.compiler.disable(attend, recursive=False)
+    return few_heads_at_a_time(attend)
 
 
 def flex_options(device):

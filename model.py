@@ -1,18 +1,20 @@
-"""Wan2.1 from scratch: the diffusion transformer, the causal video VAE, the UMT5 text encoder, and
-how their weights are loaded.
+"""Wan from scratch: the diffusion transformer, the causal video VAE, the UMT5 text encoder, and how
+their weights are loaded.
 
-Nothing here knows of FreeSwim. The transformer's self-attention is a function that the caller
-passes in, and a block's three parts can be called one by one.
+Nothing here knows how FreeSwim works. The transformer's self-attention is a function that the
+caller passes in, and a block's three parts can be called one by one.
 
 Shapes: B clips, F frames, T latent frames (F = 4 * (T - 1) + 1), H x W tokens per frame,
-N = T * H * W tokens, D channels, L text tokens. One token is a patch of 2 x 2 latents, and one
-latent is 8 x 8 pixels. Tokens are ordered (h, w, t), time innermost.
+N = T * H * W tokens, D channels, L text tokens. One token is a patch of 2 x 2 latents. One latent
+has Z = 16 channels and is S x S = 8 x 8 pixels; in Wan2.2-TI2V-5B, Z is 48 and S 16. Tokens are
+ordered (h, w, t), time innermost.
 """
 
 import html
 import json
 import math
 import re
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +32,13 @@ class CheckpointError(ValueError):
 
 
 class Limit(NamedTuple):
-    """What a field of a config.json may hold: a number, or with `count` a list of so many."""
+    """What a field of a config.json may hold: a number, or with `count` a list of so many, or of as
+    many as another field says."""
 
     kind: str  # "a whole number", "an even number" or "a number"
     low: float
     high: float
-    count: int | None = None
+    count: int | str | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,16 +86,16 @@ def rotary_angles(position, channels):
     return torch.outer(position, 10000.0**-exponent)
 
 
-def rotate(x, rotary):
+def apply_rotary(x, rotary):
     """Rotate neighbouring pairs of channels of `x`, (B, N, heads, head_dim), by the angles of their
     token, in float32. `rotary` holds cosines and sines as in `rotary_table`."""
     if torch.compiler.is_compiling():
-        return rotate_real(x, rotary)
-    return rotate_complex(x, rotary)
+        return apply_rotary_real(x, rotary)
+    return apply_rotary_complex(x, rotary)
 
 
-def rotate_real(x, rotary):
-    """`rotate` in real numbers, which a compiler fuses into one pass over memory."""
+def apply_rotary_real(x, rotary):
+    """`apply_rotary` in real numbers, which a compiler fuses into one pass over memory."""
     cos, sin = rotary
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, heads, head_dim / 2, 2)
     cos = cos.unsqueeze(-1)
@@ -101,8 +104,8 @@ def rotate_real(x, rotary):
     return rotated.flatten(-2).to(x.dtype)
 
 
-def rotate_complex(x, rotary):
-    """`rotate` in complex numbers, which takes one pass over memory without a compiler."""
+def apply_rotary_complex(x, rotary):
+    """`apply_rotary` in complex numbers, which takes one pass over memory without a compiler."""
     cos, sin = rotary
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, heads, head_dim / 2, 2)
     rotated = torch.view_as_complex(pairs) * torch.complex(cos, sin)
@@ -128,8 +131,8 @@ class Attention(nn.Module):
         key = self.norm_k(self.to_k(context)).unflatten(-1, (self.heads, -1))
         value = self.to_v(context).unflatten(-1, (self.heads, -1))
         if rotary is not None:
-            query = rotate(query, rotary)
-            key = rotate(key, rotary)
+            query = apply_rotary(query, rotary)
+            key = apply_rotary(key, rotary)
         query = query.transpose(1, 2)  # (B, heads, N, head_dim)
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
@@ -203,8 +206,8 @@ class WanTransformer(nn.Module):
         "image_dim": None,
         "added_kv_proj_dim": None,
         "cross_attn_norm": True,
-        "in_channels": 16,
-        "out_channels": 16,
+        "in_channels": (16, 48),  # one or the other
+        "out_channels": (16, 48),
         "patch_size": [1, 2, 2],
         "qk_norm": "rms_norm_across_heads",
         "eps": 1e-6,
@@ -229,18 +232,22 @@ class WanTransformer(nn.Module):
         ".ffn.0.": ".ffn.net.0.proj.",
         ".ffn.2.": ".ffn.net.2.",
     }
-    block = Block  # subclasses have other blocks,
-    full_attention = staticmethod(full_attention)  # and another self-attention
     boundary = 0  # it serves timesteps from here on: all. Wan2.2 has a second one for the rest
 
-    def __init__(self, config):
+    def __init__(self, config, block=Block, attention=full_attention, prefetch=iter):
+        """`block` is the class of its blocks, and `attention` its full attention: a GPU has faster
+        ones. `prefetch(blocks)` yields the blocks in order, each when its weights are on the
+        device."""
         super().__init__()
         self.config = config
+        self.full_attention = attention
+        self.prefetch = prefetch
         self.eps = config["eps"]
         self.heads = config["num_attention_heads"]
         self.head_dim = config["attention_head_dim"]
         self.channels = config["in_channels"]
-        dim = self.heads * self.head_dim
+        self.dim = self.heads * self.head_dim
+        dim = self.dim
         ffn_dim = config["ffn_dim"]
         patch = tuple(config["patch_size"])
         self.patch_embedding = nn.Conv3d(self.channels, dim, kernel_size=patch, stride=patch)
@@ -253,39 +260,45 @@ class WanTransformer(nn.Module):
         )
         self.blocks = nn.ModuleList()
         for _ in range(config["num_layers"]):
-            self.blocks.append(self.block(dim, self.heads, ffn_dim, self.eps))
+            self.blocks.append(block(dim, self.heads, ffn_dim, self.eps))
         self.proj_out = nn.Linear(dim, 4 * self.channels)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, adjust=None):
-        """The DiT of a Diffusers `transformer/` folder. `adjust` is as in `read_weights`. Raises
-        CheckpointError for any other."""
-        return load_model(cls, folder, device, dtype, adjust)
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, adjust=None, **parts):
+        """The DiT of a Diffusers `transformer/` folder. `adjust` is as in `read_weights`, `parts`
+        are the constructor's. Raises CheckpointError for any other folder."""
+        return load_model(cls, folder, device, dtype, adjust, **parts)
 
-    def expert(self, timestep):
-        """The transformer for a timestep: itself. Wan2.2 has two (support/experts.py)."""
-        return self
+    def select_expert(self, timestep):
+        """Get ready for a step at this timestep. Nothing to do: only Wan2.2-T2V-A14B has two
+        transformers, of which support/experts.py loads the right one here."""
 
     def embed(self, latents, timestep, text):
         """What the blocks work on: tokens (B, N, D), embedded time (B, D), its modulation
-        (B, 6, D), embedded text (B, L, D), and the rotary table.
+        (B, 6, D), embedded text (B, L, D), the rotary table, and the grid (T, H, W).
 
-        `latents` is (B, 16, T, 2H, 2W), `timestep` (B,) from 0 to 1000, `text` (B, L, text_dim).
+        `latents` is (B, Z, T, 2H, 2W), `timestep` (B,) from 0 to 1000, `text` (B, L, text_dim).
         Raises ValueError for other shapes.
         """
         self.check_inputs(latents, timestep, text)
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(latents.to(dtype))  # (B, D, T, H, W)
         tokens = patches.permute(0, 3, 4, 2, 1).flatten(1, 3)  # (B, H*W*T, D): sets the order
-        rotary = rotary_table(patches.shape[2:], self.head_dim, latents.device)
-        time_emb = self.time_embedder(self.sinusoids(timestep))  # (B, D), float32
+        grid = tuple(patches.shape[2:])
+        rotary = rotary_table(grid, self.head_dim, latents.device)
+        time_emb = self.time_embedder(self.timestep_embedding(timestep))  # (B, D), float32
         modulation = self.time_proj(F.silu(time_emb).to(dtype))
         modulation = modulation.unflatten(-1, (6, -1)).float()  # (B, 6, D)
         context = self.text_embedder(text.to(dtype))  # (B, L, D)
-        return tokens, time_emb, modulation, context, rotary
+        return tokens, time_emb, modulation, context, rotary, grid
 
     def check_inputs(self, latents, timestep, text):
+        if self.scale_shift_table.dtype != torch.float32:
+            raise ValueError(
+                "the time embedding, tables and norms of a transformer have to stay in float32; "
+                "choose the dtype in from_pretrained, instead of .to(dtype)"
+            )
         batch = latents.shape[0]
         right_latents = (
             latents.ndim == 5
@@ -298,10 +311,10 @@ class WanTransformer(nn.Module):
         if not (right_latents and right_timestep and right_text):
             raise ValueError(
                 f"latents {list(latents.shape)}, timestep {timestep} and text {list(text.shape)} "
-                "should be tensors (B, 16, T, 2H, 2W), (B,) and (B, L, text_dim)"
+                f"should be tensors (B, {self.channels}, T, 2H, 2W), (B,) and (B, L, text_dim)"
             )
 
-    def sinusoids(self, timestep):
+    def timestep_embedding(self, timestep):
         """The sinusoidal embedding of timesteps (B,): (B, freq_dim), cosines before sines."""
         half = self.config["freq_dim"] // 2
         index = torch.arange(half, device=timestep.device)
@@ -310,16 +323,19 @@ class WanTransformer(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
     def unembed(self, tokens, time_emb, grid):
-        """From the last block's tokens to the velocity, (B, 16, T, 2H, 2W) float32. `grid` is
+        """From the last block's tokens to the velocity, (B, Z, T, 2H, 2W) float32. `grid` is
         (T, H, W)."""
+        return self.unpatchify(self.final_layer(tokens, time_emb).float(), grid)
+
+    def unpatchify(self, patches, grid):
+        """From a patch for every token, (B, N, 4Z), to (B, Z, T, 2H, 2W)."""
         frames, height, width = grid
-        patches = self.to_patches(tokens, time_emb).float()
         patches = patches.view(-1, height, width, frames, 2, 2, self.channels)
-        patches = patches.permute(0, 6, 3, 1, 4, 2, 5)  # (B, 16, T, H, 2, W, 2)
+        patches = patches.permute(0, 6, 3, 1, 4, 2, 5)  # (B, Z, T, H, 2, W, 2)
         return patches.flatten(5, 6).flatten(3, 4)
 
-    def to_patches(self, tokens, time_emb):
-        """A patch of 2 x 2 latents for every token, (B, N, 64)."""
+    def final_layer(self, tokens, time_emb):
+        """A patch of 2 x 2 latents for every token, (B, N, 4Z)."""
         shift, scale = (self.scale_shift_table + time_emb[:, None]).chunk(2, dim=1)  # (B, 1, D)
         return self.proj_out(modulate(tokens, shift, scale, self.eps))
 
@@ -328,13 +344,12 @@ class WanTransformer(nn.Module):
         `embed`. `attend` is the self-attention, by default the transformer's full attention."""
         if attend is None:
             attend = self.full_attention
-        _, _, frames, height, width = latents.shape
-        tokens, time_emb, modulation, context, rotary = self.embed(latents, timestep, text)
-        for block in self.blocks:
+        tokens, time_emb, modulation, context, rotary, grid = self.embed(latents, timestep, text)
+        for block in self.prefetch(self.blocks):
             tokens = block.self_attention(tokens, modulation, rotary, attend)
             tokens = tokens + block.cross_attention(tokens, context)
             tokens = block.feed_forward(tokens, modulation)
-        return self.unembed(tokens, time_emb, (frames, height // 2, width // 2))
+        return self.unembed(tokens, time_emb, grid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,23 +376,14 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=padding)
 
     def forward(self, x, history):
-        x = self.with_past(x, history)
+        if self in history:
+            x = torch.cat([history[self], x], dim=2)
+        else:
+            x = F.pad(x, (0, 0, 0, 0, 2, 0))
+        history[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk in memory
         if x.is_cuda:
             return super().forward(x)
         return conv3d_by_conv2d(x, self.weight, self.bias, self.padding[1:])
-
-    def with_past(self, x, history):
-        """`x` with the two frames before it, (B, C, F + 2, H, W)."""
-        x = torch.cat([self.past_of(x, history), x], dim=2)
-        history[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk in memory
-        return x
-
-    def past_of(self, x, history):
-        """The two frames before `x`."""
-        if self in history:
-            return history[self]
-        batch, channels, _, height, width = x.shape
-        return x.new_zeros(batch, channels, 2, height, width)
 
 
 def conv3d_by_conv2d(x, weight, bias, padding):
@@ -414,11 +420,11 @@ class NormSiLU(ChannelNorm):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, norm):
         super().__init__()
-        self.norm1 = NormSiLU(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = NormSiLU(out_channels)
+        self.norm2 = norm(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = nn.Identity()
         if in_channels != out_channels:
@@ -459,6 +465,7 @@ class Downsample(nn.Module):
         super().__init__()
         conv = nn.Conv2d(channels, channels, 3, stride=2)
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)  # pads right and bottom
+        self.frames = 2 if temporal else 1  # that become one
         self.time_conv = None
         if temporal:
             self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
@@ -479,15 +486,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the rows and columns, halve the channels and, if `temporal`, double the frames after
+    """Double the rows and columns, change the channels and, if `temporal`, double the frames after
     the first."""
 
-    def __init__(self, channels, temporal):
+    def __init__(self, channels, out_channels, temporal):
         super().__init__()
+        self.frames = 2 if temporal else 1  # for each one
         self.time_conv = None
         if temporal:
             self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
-        conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def forward(self, x, history):
@@ -496,13 +504,13 @@ class Upsample(nn.Module):
         return per_frame(self.resample, x)
 
     def double_frames(self, x, history):
-        if self.time_conv in history:
+        if self in history:
             return self.frame_pairs(x, history)
-        # The clip's first frame stays one frame. For the frames after it, the past is zeros: the
-        # convolution never sees the first frame.
+        # The clip's first frame stays one frame. The convolution never sees it: for the frames
+        # after it, the past is zeros.
+        history[self] = True
         first = x[:, :, :1]
         rest = x[:, :, 1:]
-        history[self.time_conv] = torch.zeros_like(first).expand(-1, -1, 2, -1, -1)
         if rest.shape[2] == 0:
             return first
         return torch.cat([first, self.frame_pairs(rest, history)], dim=2)
@@ -514,10 +522,10 @@ class Upsample(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, norm):
         super().__init__()
         self.resnets = nn.ModuleList(
-            [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+            [ResidualBlock(channels, channels, norm), ResidualBlock(channels, channels, norm)]
         )
         self.attentions = nn.ModuleList([FrameAttention(channels)])
 
@@ -527,31 +535,71 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, history)
 
 
-def residual_blocks(in_channels, out_channels, count):
+def residual_blocks(in_channels, out_channels, count, norm):
     """`count` residual blocks, of which the first changes the channels."""
-    blocks = nn.ModuleList([ResidualBlock(in_channels, out_channels)])
+    blocks = nn.ModuleList([ResidualBlock(in_channels, out_channels, norm)])
     for _ in range(count - 1):
-        blocks.append(ResidualBlock(out_channels, out_channels))
+        blocks.append(ResidualBlock(out_channels, out_channels, norm))
     return blocks
 
 
-class Encoder(nn.Module):
-    """Frames (B, 3, F, H, W) to moments (B, 32, T, H/8, W/8), chunk by chunk."""
+class ResidualDownBlock(nn.Module):
+    """A stage of Wan2.2-TI2V-5B's encoder, with a shortcut around all of it."""
 
-    def __init__(self, base_dim, multipliers, blocks):
+    def __init__(self, in_channels, out_channels, blocks, downsampler, norm):
         super().__init__()
-        self.conv_in = CausalConv3d(3, base_dim)
+        self.out_channels = out_channels
+        self.resnets = residual_blocks(in_channels, out_channels, blocks, norm)
+        self.downsampler = downsampler  # None in the last stage
+
+    def forward(self, x, history):
+        y = x
+        for block in self.resnets:
+            y = block(y, history)
+        if self.downsampler is None:
+            return y + self.shortcut(x, frames=1, pixels=1)
+        y = self.downsampler(y, history)
+        return y + self.shortcut(x, frames=self.downsampler.frames, pixels=2)
+
+    def shortcut(self, x, frames, pixels):
+        """`x` in the shape of the output, without weights: blocks of `frames` x `pixels` x `pixels`
+        positions become channels, and the mean of some in a row is one output channel."""
+        # The clip's first frame has no neighbour: it follows a frame of zeros.
+        x = F.pad(x, (0, 0, 0, 0, x.shape[2] % frames, 0))
+        x = x.unflatten(4, (-1, pixels))
+        x = x.unflatten(3, (-1, pixels))
+        x = x.unflatten(2, (-1, frames))  # (B, C, F', frames, H', pixels, W', pixels)
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # (B, C, frames, pixels, pixels, F', H', W')
+        x = x.flatten(1, 4)
+        return x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+
+
+class Encoder(nn.Module):
+    """Frames (B, 3, F, H, W), or their patches (B, 12, F, H, W), to moments (B, 2Z, T, H/8, W/8),
+    chunk by chunk."""
+
+    def __init__(self, config, norm):
+        super().__init__()
+        blocks = config["num_res_blocks"]
+        channels = config["base_dim"]
+        self.conv_in = CausalConv3d(pixel_channels(config), channels)
         self.down_blocks = nn.ModuleList()
-        channels = base_dim
-        for stage, multiplier in enumerate(multipliers):
-            out_channels = base_dim * multiplier
-            self.down_blocks.extend(residual_blocks(channels, out_channels, blocks))
+        for stage, multiplier in enumerate(config["dim_mult"]):
+            out_channels = config["base_dim"] * multiplier
+            downsampler = None
             if stage < 3:
-                self.down_blocks.append(Downsample(out_channels, temporal=stage > 0))
+                downsampler = Downsample(out_channels, temporal=stage > 0)
+            if config.get("is_residual"):
+                block = ResidualDownBlock(channels, out_channels, blocks, downsampler, norm)
+                self.down_blocks.append(block)
+            else:
+                self.down_blocks.extend(residual_blocks(channels, out_channels, blocks, norm))
+                if downsampler is not None:
+                    self.down_blocks.append(downsampler)
             channels = out_channels
-        self.mid_block = MidBlock(channels)
-        self.norm_out = NormSiLU(channels)
-        self.conv_out = CausalConv3d(channels, 32)
+        self.mid_block = MidBlock(channels, norm)
+        self.norm_out = norm(channels)
+        self.conv_out = CausalConv3d(channels, 2 * config["z_dim"])
 
     def forward(self, x, history):
         x = self.conv_in(x, history)
@@ -562,9 +610,9 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, blocks, upsampler):
+    def __init__(self, in_channels, out_channels, blocks, upsampler, norm):
         super().__init__()
-        self.resnets = residual_blocks(in_channels, out_channels, blocks)
+        self.resnets = residual_blocks(in_channels, out_channels, blocks, norm)
         self.upsamplers = nn.ModuleList()
         if upsampler is not None:
             self.upsamplers.append(upsampler)
@@ -577,24 +625,62 @@ class UpBlock(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
-    """Latents (B, 16, T, H/8, W/8) to frames (B, 3, F, H, W), chunk by chunk."""
+class ResidualUpBlock(nn.Module):
+    """A stage of Wan2.2-TI2V-5B's decoder, with a shortcut around all of it."""
 
-    def __init__(self, base_dim, multipliers, blocks):
+    def __init__(self, in_channels, out_channels, blocks, upsampler, norm):
         super().__init__()
-        channels = base_dim * multipliers[-1]
-        self.conv_in = CausalConv3d(16, channels)
-        self.mid_block = MidBlock(channels)
+        self.out_channels = out_channels
+        self.resnets = residual_blocks(in_channels, out_channels, blocks, norm)
+        self.upsampler = upsampler  # None in the last stage, which has no shortcut either
+
+    def forward(self, x, history):
+        y = x
+        for block in self.resnets:
+            y = block(y, history)
+        if self.upsampler is None:
+            return y
+        y = self.upsampler(y, history)
+        shortcut = self.shortcut(x, self.upsampler.frames)
+        # Of the clip's first frame the upsampler makes one: it is the last of its copies.
+        return y + shortcut[:, :, -y.shape[2] :]
+
+    def shortcut(self, x, frames):
+        """`x` in the shape of the output, without weights: channels are repeated, and then become
+        blocks of `frames` x 2 x 2 positions."""
+        x = x.repeat_interleave(self.out_channels * frames * 4 // x.shape[1], dim=1)
+        x = x.unflatten(1, (-1, frames, 2, 2))  # (B, C', frames, 2, 2, F, H, W)
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, C', F, frames, H, 2, W, 2)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class Decoder(nn.Module):
+    """Latents (B, Z, T, H/8, W/8) to frames (B, 3, F, H, W), or their patches (B, 12, F, H, W),
+    chunk by chunk."""
+
+    def __init__(self, config, norm):
+        super().__init__()
+        blocks = config["num_res_blocks"]
+        base_dim = config.get("decoder_base_dim") or config["base_dim"]
+        channels = base_dim * config["dim_mult"][-1]
+        self.conv_in = CausalConv3d(config["z_dim"], channels)
+        self.mid_block = MidBlock(channels, norm)
         self.up_blocks = nn.ModuleList()
-        for stage, multiplier in enumerate(reversed(multipliers)):
-            out_channels = base_dim * multiplier
+        for stage, multiplier in enumerate(reversed(config["dim_mult"])):
+            inner = base_dim * multiplier
+            if config.get("is_residual"):
+                out_channels = inner
+                block = ResidualUpBlock
+            else:
+                out_channels = inner // 2  # the upsampler halves them
+                block = UpBlock
             upsampler = None
             if stage < 3:
-                upsampler = Upsample(out_channels, temporal=stage < 2)
-            self.up_blocks.append(UpBlock(channels, out_channels, blocks + 1, upsampler))
-            channels = out_channels // 2  # the upsampler halves them
-        self.norm_out = NormSiLU(out_channels)
-        self.conv_out = CausalConv3d(out_channels, 3)
+                upsampler = Upsample(inner, out_channels, temporal=stage < 2)
+            self.up_blocks.append(block(channels, inner, blocks + 1, upsampler, norm))
+            channels = out_channels
+        self.norm_out = norm(inner)
+        self.conv_out = CausalConv3d(inner, pixel_channels(config))
 
     def forward(self, x, history):
         x = self.conv_in(x, history)
@@ -604,8 +690,20 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x), history)
 
 
+def pixel_channels(config):
+    """The channels of what a VAE encodes: a pixel's 3, or those of a patch of pixels."""
+    return 3 * (config.get("patch_size") or 1) ** 2
+
+
+def patches_of(video, size):
+    """A view of a video (B, 3, F, H, W) as patches of `size` x `size` pixels:
+    (B, 3, size, size, F, H / size, W / size). Within a patch, columns come before rows."""
+    video = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))
+    return video.permute(0, 1, 6, 4, 2, 3, 5)
+
+
 def pixels_of(latents):
-    """The slice of pixels that a slice of latents stands for, along one axis."""
+    """The slice of pixels, or patches, that a slice of latents stands for, along one axis."""
     return slice(8 * latents.start, 8 * latents.stop)
 
 
@@ -619,126 +717,141 @@ class WanVAE(nn.Module):
     config.json.
 
     It wants float32: in bfloat16 a decoded clip is 2% off. Time is streamed, so apart from the clip
-    itself memory does not depend on its length. With `tiled`, frames larger than 256 pixels are
-    processed in tiles of 256 pixels, one every 192, blended linearly exactly as Diffusers does.
+    itself memory does not depend on its length. With `tiled`, frames larger than 32 latents are
+    processed in tiles of 32 latents, one every 24, blended linearly exactly as Diffusers does.
+
+    Latents have Z channels and are S x S pixels: 16 and 8. Wan2.2-TI2V-5B's VAE has 48 and 16. It
+    works on patches of 2 x 2 pixels, and has shortcuts around its stages (`is_residual`).
     """
 
     FIXED = {
         "_class_name": "AutoencoderKLWan",
-        "is_residual": None,
+        "is_residual": (None, True),
         "patch_size": None,
         "attn_scales": None,
         "temperal_downsample": [False, True, True],
         "z_dim": 16,
     }
+    FIXED_IF_RESIDUAL = {"patch_size": 2, "z_dim": 48}
     LIMITS = {
         "base_dim": Limit("an even number", 2, 1024),
         "decoder_base_dim": Limit("an even number", 2, 1024),
         "dim_mult": Limit("a whole number", 1, 64, count=4),
         "num_res_blocks": Limit("a whole number", 1, 16),
-        "latents_mean": Limit("a number", -1000, 1000, count=16),
-        "latents_std": Limit("a number", 1e-6, 1000, count=16),
+        "latents_mean": Limit("a number", -1000, 1000, count="z_dim"),
+        "latents_std": Limit("a number", 1e-6, 1000, count="z_dim"),
     }
     RENAMES = {}  # the names are the checkpoint's
 
-    TILE = 32  # latents: 256 pixels
-    STRIDE = 24  # latents from one tile to the next
-    TILES_AT_ONCE = 1  # more of the same size are faster on a GPU, but take memory
-
-    def __init__(self, config):
+    def __init__(self, config, norm=NormSiLU, tile=32, stride=24, tiles_at_once=1, share=None):
+        """`norm` is the class of its norms: a GPU has a faster one. `tile` and `stride` are in
+        latents; several tiles at once are faster on a GPU, but take memory. `share`, if several
+        processes share the tiles, picks those of this one and adds up what all of them made."""
         super().__init__()
-        multipliers = config["dim_mult"]
-        blocks = config["num_res_blocks"]
-        decoder_dim = config.get("decoder_base_dim") or config["base_dim"]
-        self.encoder = Encoder(config["base_dim"], multipliers, blocks)
-        self.quant_conv = nn.Conv3d(32, 32, 1)
-        self.post_quant_conv = nn.Conv3d(16, 16, 1)
-        self.decoder = Decoder(decoder_dim, multipliers, blocks)
+        self.tile = tile
+        self.stride = stride
+        self.tiles_at_once = tiles_at_once
+        self.share = share
+        self.channels = config["z_dim"]
+        self.patch = config.get("patch_size") or 1
+        self.spatial_factor = 8 * self.patch  # pixels of a latent, along one axis
+        self.encoder = Encoder(config, norm)
+        self.quant_conv = nn.Conv3d(2 * self.channels, 2 * self.channels, 1)
+        self.post_quant_conv = nn.Conv3d(self.channels, self.channels, 1)
+        self.decoder = Decoder(config, norm)
         # Of each latent channel over the training set. Latents are normalised with them.
         self.mean = torch.tensor(config["latents_mean"], device="cpu").view(-1, 1, 1, 1)
         self.std = torch.tensor(config["latents_std"], device="cpu").view(-1, 1, 1, 1)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The VAE of a Diffusers `vae/` folder. Raises CheckpointError for any other."""
-        return load_model(cls, folder, device, dtype)
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, **parts):
+        """The VAE of a Diffusers `vae/` folder; `parts` are the constructor's. Raises
+        CheckpointError for any other folder."""
+        return load_model(cls, folder, device, dtype, **parts)
 
     def encode_chunk(self, frames, history):
-        """Frames (B, 3, f, H, W) to the means and log variances of their latents,
-        (B, 32, t, H/8, W/8)."""
+        """Frames (B, 3, f, H, W), or their patches (B, 12, f, H, W), to the means and log variances
+        of their latents, (B, 2Z, t, H/8, W/8)."""
         return self.quant_conv(self.encoder(frames, history))
 
     def decode_chunk(self, latents, history):
-        """Latents (B, 16, t, H/8, W/8), not normalised, to frames (B, 3, f, H, W), not clamped."""
+        """Latents (B, Z, t, H/8, W/8), not normalised, to frames (B, 3, f, H, W), or their patches
+        (B, 12, f, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(latents), history)
 
     @torch.no_grad()
     def encode(self, video, tiled=True, progress=iter):
-        """A video (B, 3, F, H, W) in [-1, 1] to its most likely latents, (B, 16, k + 1, H/8, W/8),
-        normalised.
+        """A video (B, 3, F, H, W) in [-1, 1] to the posterior mean of its latents,
+        (B, Z, k + 1, H/S, W/S), normalised.
 
-        F must be 4k + 1, H and W multiples of 8 (ValueError if not). The video may stay on the CPU.
-        `progress` may wrap the list of tiles.
+        F must be 4k + 1, H and W multiples of S, and values finite floating-point numbers
+        (ValueError if not). The video may stay on the CPU. `progress` may wrap the list of tiles.
         """
+        check_video(video, self.spatial_factor)
         batch, _, frames, height, width = video.shape
-        if frames % 4 != 1 or height % 8 != 0 or width % 8 != 0:
-            raise ValueError(
-                f"cannot encode {frames} frames of {width}x{height}: "
-                "frames must be 4k + 1, and sides multiples of 8"
-            )
+        height = height // self.spatial_factor  # latents
+        width = width // self.spatial_factor
         weight = self.quant_conv.weight
-        shape = (batch, 16, frames // 4 + 1, height // 8, width // 8)
+        shape = (batch, self.channels, frames // 4 + 1, height, width)
         latents = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        tiles = self.tiles(height // 8, width // 8, 1, tiled, weight)
-        for group in progress(tile_groups(tiles, self.TILES_AT_ONCE)):
+        patches = patches_of(video, self.patch)
+        tiles = self.tiles(height, width, 1, tiled, weight)
+        for group in progress(tile_groups(tiles, self.tiles_at_once)):
             pixels = []
             for tile in group:
-                pixels.append(video[..., pixels_of(tile.rows), pixels_of(tile.columns)])
+                pixels.append(patches[..., pixels_of(tile.rows), pixels_of(tile.columns)])
             for t, means in enumerate(self.encode_tiles(pixels)):
                 for tile, mean in zip(group, means.split(batch), strict=True):
                     target = latents[:, :, t : t + 1, tile.rows, tile.columns]
                     target += tile.weight * mean
-        latents = self.sum_of_tiles(latents)
+        if self.share is not None:
+            self.share.add_up(latents)
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
     def decode(self, latents, tiled=True, progress=iter):
-        """Normalised `latents` (B, 16, T, h, w) to video (B, 3, 4T - 3, 8h, 8w), clamped to
-        [-1, 1]. `progress` may wrap the list of tiles."""
+        """Normalised `latents` (B, Z, T, h, w) to video (B, 3, 4T - 3, Sh, Sw), clamped to
+        [-1, 1], in the VAE's dtype. `progress` may wrap the list of tiles."""
+        latents = latents.to(self.quant_conv.weight.dtype)
         batch, _, frames, height, width = latents.shape
         latents = latents * self.std.to(latents) + self.mean.to(latents)
-        video = latents.new_zeros(batch, 3, 4 * frames - 3, 8 * height, 8 * width)
+        size = self.spatial_factor
+        video = latents.new_zeros(batch, 3, 4 * frames - 3, size * height, size * width)
+        patches = patches_of(video, self.patch)
         tiles = self.tiles(height, width, 8, tiled, latents)
-        for group in progress(tile_groups(tiles, self.TILES_AT_ONCE)):
+        for group in progress(tile_groups(tiles, self.tiles_at_once)):
             parts = [latents[..., tile.rows, tile.columns] for tile in group]
             for t, pixels in enumerate(self.decode_tiles(torch.cat(parts))):
+                pixels = pixels.unflatten(1, (3, self.patch, self.patch))
                 for tile, part in zip(group, pixels.split(batch), strict=True):
-                    target = video[..., pixels_of(tile.rows), pixels_of(tile.columns)]
-                    target[:, :, frames_of(t)] += tile.weight * part
-        return self.sum_of_tiles(video).clamp_(-1, 1)
+                    target = patches[..., pixels_of(tile.rows), pixels_of(tile.columns)]
+                    target[..., frames_of(t), :, :] += tile.weight * part
+        if self.share is not None:
+            self.share.add_up(video)
+        return video.clamp_(-1, 1)
 
     def encode_tiles(self, pixels):
-        """The means (n*B, 16, 1, h, w) of one latent frame after the other, of a list of n tiles
-        (B, 3, F, 8h, 8w) of pixels. They may be on the CPU."""
+        """The means (n*B, Z, 1, h, w) of one latent frame after the other, of a list of n tiles
+        (B, 3, p, p, F, 8h, 8w) as in `patches_of`. They may be on the CPU."""
         history = {}
-        for t in range(pixels[0].shape[2] // 4 + 1):
-            chunk = torch.cat([tile[:, :, frames_of(t)] for tile in pixels])
-            chunk = chunk.to(self.quant_conv.weight)
+        for t in range(pixels[0].shape[4] // 4 + 1):
+            chunk = torch.cat([tile[..., frames_of(t), :, :] for tile in pixels])
+            chunk = chunk.flatten(1, 3).to(self.quant_conv.weight)
             mean, _ = self.encode_chunk(chunk, history).chunk(2, dim=1)
             yield mean
 
     def decode_tiles(self, latents):
-        """The pixels (B, 3, 1 or 4, 8h, 8w) of one latent frame after the other, of latents
-        (B, 16, T, h, w)."""
+        """The pixels (B, 3, 1 or 4, 8h, 8w), or patches (B, 12, 1 or 4, 8h, 8w), of one latent
+        frame after the other, of latents (B, Z, T, h, w)."""
         history = {}
         for t in range(latents.shape[2]):
             yield self.decode_chunk(latents[:, :, t : t + 1], history)
 
     def tiles(self, height, width, scale, tiled, like):
-        """The tiles of a frame of `height` x `width` latents. An output pixel is 1 / `scale`
-        latents large; weights have device and dtype of `like`."""
-        size = self.TILE
-        stride = self.STRIDE
+        """The tiles of a frame of `height` x `width` latents that this process works on. An output
+        pixel is 1 / `scale` latents large; weights have device and dtype of `like`."""
+        size = self.tile
+        stride = self.stride
         if not tiled or max(height, width) <= size:
             size = max(height, width)
             stride = size
@@ -746,12 +859,26 @@ class WanVAE(nn.Module):
         for row in tiles_along_axis(height, size, stride, scale, like):
             for column in tiles_along_axis(width, size, stride, scale, like):
                 tiles.append(Tile(row.latents, column.latents, blending_weight(row, column)))
+        if self.share is not None:
+            return self.share.own(tiles)
         return tiles
 
-    def sum_of_tiles(self, canvas):
-        """The sum of all tiles. One process has added them all to its canvas already; where several
-        share the tiles, a subclass adds up their canvases."""
-        return canvas
+
+def check_video(video, multiple):
+    """Raise ValueError for what cannot be encoded."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        raise ValueError(
+            f"a video is a floating-point tensor (B, 3, F, H, W) in [-1, 1], but this is "
+            f"{video.dtype} {list(video.shape)}"
+        )
+    _, _, frames, height, width = video.shape
+    if frames % 4 != 1 or height % multiple != 0 or width % multiple != 0:
+        raise ValueError(
+            f"cannot encode {frames} frames of {width}x{height}: "
+            f"frames must be 4k + 1, and sides multiples of {multiple}"
+        )
+    if not is_finite(video):
+        raise ValueError("the video holds numbers that are not finite")
 
 
 class Tile(NamedTuple):
@@ -927,6 +1054,7 @@ class TextEncoder(nn.Module):
         ".up.": ".layer.1.DenseReluDense.wi_1.",
         ".down.": ".layer.1.DenseReluDense.wo.",
     }
+    SAME = {"encoder.embed_tokens.weight": "shared.weight"}  # another name for it, or a copy
 
     def __init__(self, config):
         super().__init__()
@@ -955,9 +1083,21 @@ class TextEncoder(nn.Module):
         if self.sources is not None:
             read_weights(self, self.sources, device, dtype, prefix=name + ".")
         part = self.get_submodule(name)
-        yield part
+        try:
+            yield part
+        finally:
+            if self.sources is not None:
+                part.to("meta")
+
+    def _apply(self, function, recurse=True):
+        """PyTorch's way of moving or casting a module. Raises ValueError if weights are streamed:
+        there are none to move."""
         if self.sources is not None:
-            part.to("meta")
+            raise ValueError(
+                "a streamed TextEncoder cannot be moved or cast; give device and dtype to "
+                "from_pretrained"
+            )
+        return super()._apply(function, recurse)
 
     def forward(self, ids, mask):
         """Token ids (B, L) and mask (B, L) to embeddings (B, L, d_model). What comes out at masked
@@ -1028,14 +1168,14 @@ def encode_prompt(encoder, tokenizer, prompts):
 # Loading checkpoints in Diffusers layout
 
 
-def load_model(cls, folder, device, dtype, adjust=None):
+def load_model(cls, folder, device, dtype, adjust=None, **parts):
     """A model with its weights on `device`. Raises CheckpointError unless `folder` has exactly the
-    weights of a `cls`."""
-    model = build(cls, folder)
+    weights of a `cls`. `parts` are the constructor's arguments after the config."""
+    model = build(cls, folder, **parts)
     return read_weights(model, find_weights(model, folder), device, dtype, adjust=adjust)
 
 
-def build(cls, folder):
+def build(cls, folder, **parts):
     """A `cls` as its config.json describes it, without memory (on the meta device). Raises
     CheckpointError, naming file and field, if it describes a model that is not supported."""
     file = Path(folder) / "config.json"
@@ -1043,38 +1183,55 @@ def build(cls, folder):
     for field, value in read_json(file).items():
         if value is not None:  # an absent field is as good as null
             config[field] = value
-    if "base_dim" in config:  # in Wan, the VAE's decoder is as wide as its encoder
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"{file}: the weights are quantized, which is not supported; use those in bfloat16, "
+            "float16 or float32"
+        )
+    if "base_dim" in config:  # in Wan2.1, the VAE's decoder is as wide as its encoder
         config.setdefault("decoder_base_dim", config["base_dim"])
     check_config(file, config, cls)
     with torch.device("meta"):
-        model = cls(config)
+        model = cls(config, **parts)
     return model.eval().requires_grad_(False)
 
 
 def check_config(file, config, cls):
-    for field, wanted in cls.FIXED.items():
+    fixed = dict(cls.FIXED)
+    if config.get("is_residual"):
+        fixed |= cls.FIXED_IF_RESIDUAL
+    for field, wanted in fixed.items():
         value = config.get(field) or None  # false and empty are as good as null, too
-        if value != wanted:
-            raise CheckpointError(f"{file}: {field} is {value!r:.99}, but must be {wanted!r}")
-    for field, limit in cls.LIMITS.items():
-        value = config.get(field)
-        if limit.count is None:
-            if not is_within(value, limit):
-                raise CheckpointError(
-                    f"{file}: {field} is {value!r:.99}, but must be {limit.kind} "
-                    f"from {limit.low} to {limit.high}"
-                )
-        elif not isinstance(value, list) or len(value) != limit.count:
+        choices = wanted if isinstance(wanted, tuple) else (wanted,)
+        allowed = [repr(choice) for choice in choices]
+        if repr(value) not in allowed:  # 48.0 is not 48
             raise CheckpointError(
-                f"{file}: {field} is {value!r:.99}, but must be a list of {limit.count} numbers"
+                f"{file}: {field} is {value!r:.99}, but must be {' or '.join(allowed)}"
             )
-        else:
-            for item in value:
-                if not is_within(item, limit):
-                    raise CheckpointError(
-                        f"{file}: {field} has {item!r:.99}, but each must be {limit.kind} "
-                        f"from {limit.low} to {limit.high}"
-                    )
+    for field, limit in cls.LIMITS.items():
+        check_field(file, config, field, limit)
+
+
+def check_field(file, config, field, limit):
+    value = config.get(field)
+    count = config[limit.count] if isinstance(limit.count, str) else limit.count
+    if count is None:
+        if not is_within(value, limit):
+            raise CheckpointError(
+                f"{file}: {field} is {value!r:.99}, but must be {limit.kind} "
+                f"from {limit.low} to {limit.high}"
+            )
+        return
+    if not isinstance(value, list) or len(value) != count:
+        raise CheckpointError(
+            f"{file}: {field} is {value!r:.99}, but must be a list of {count} numbers"
+        )
+    for item in value:
+        if not is_within(item, limit):
+            raise CheckpointError(
+                f"{file}: {field} has {item!r:.99}, but each must be {limit.kind} "
+                f"from {limit.low} to {limit.high}"
+            )
 
 
 def is_within(value, limit):
@@ -1096,6 +1253,13 @@ def checkpoint_name(cls, name):
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the header of a safetensors file
 
 
+def kind_of_numbers(dtype):
+    """What a dtype that is not among FLOATS means."""
+    if dtype.startswith("F8") or dtype.startswith("F4") or dtype.startswith("F6"):
+        return "float8 or less, which is not supported"
+    return "not floating-point numbers; quantized weights are not supported"
+
+
 def find_weights(model, folder):
     """Where the weights of `model` are: {our name: (checkpoint name, file)}.
 
@@ -1108,6 +1272,12 @@ def find_weights(model, folder):
         headers[file] = read_header(file)
     check_shards(source, files, headers)
 
+    in_file = {}  # what a tensor is called in its file, by checkpoint name
+    same = getattr(type(model), "SAME", {})
+    for name in files:
+        usual = same.get(name, name)
+        if usual == name or usual not in files:
+            in_file[usual] = name
     ours = {}  # by checkpoint name
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -1115,36 +1285,77 @@ def find_weights(model, folder):
         ours[theirs] = name
         shapes[theirs] = tuple(tensor.shape)
     for name in ours:
-        if name not in files:
+        if name not in in_file:
             raise CheckpointError(f"{source}: tensor {name} is missing")
-    for name in files:
+    sources = {}
+    for name, stored in in_file.items():
         if name not in ours:
             raise CheckpointError(
                 f"{source}: tensor {name} is not part of a {type(model).__name__}"
             )
-    for name, file in files.items():
-        dtype, shape = headers[file][name]
-        if shape != shapes[name] or dtype not in FLOATS:
+        file = files[stored]
+        dtype, shape = headers[file][stored]
+        if dtype not in FLOATS:
             raise CheckpointError(
-                f"{source}: tensor {name} in {file.name} is {dtype} {shape}, "
+                f"{source}: tensor {stored} in {file.name} is {dtype}, {kind_of_numbers(dtype)}"
+            )
+        if shape != shapes[name]:
+            raise CheckpointError(
+                f"{source}: tensor {stored} in {file.name} is {dtype} {shape}, "
                 f"but should be floating-point numbers {shapes[name]}"
             )
-    return {ours[name]: (name, file) for name, file in files.items()}
+        sources[ours[name]] = (stored, file)
+    return sources
 
 
 def list_tensors(folder):
-    """The index of a sharded checkpoint, or its only file, and {checkpoint name: file}."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        return indices[0], read_index(indices[0])
-    weights = list(folder.glob("*.safetensors"))
-    if len(weights) != 1:
-        found = sorted(file.name for file in folder.glob("*"))
-        raise CheckpointError(
-            f"{folder}: one .safetensors file is needed, or several and an index, "
-            f"but it has {len(weights) or 'none'}: {found!s:.300}"
-        )
-    return weights[0], dict.fromkeys(read_header(weights[0]), weights[0])
+    """The index of a sharded checkpoint, or its only file, and {checkpoint name: file}.
+
+    Files of a variant (model.fp16.safetensors, model.safetensors.index.fp16.json) are read if there
+    are no others. Hidden files, such as those that macOS puts into archives, are ignored.
+    """
+    files = []
+    for file in visible_files(folder):
+        if is_index(file) or file.suffix == ".safetensors":
+            files.append(file)
+    if any(is_plain(file) for file in files):
+        files = [file for file in files if is_plain(file)]
+    for file in files:
+        if is_index(file):
+            return file, read_index(file)
+    if len(files) != 1:
+        raise CheckpointError(f"{folder}: {what_is_missing(folder, files)}")
+    return files[0], dict.fromkeys(read_header(files[0]), files[0])
+
+
+def visible_files(folder):
+    return sorted(file for file in folder.glob("*") if not file.name.startswith("."))
+
+
+def is_index(file):
+    return re.fullmatch(r".*\.safetensors\.index(\.\w+)?\.json", file.name) is not None
+
+
+def is_plain(file):
+    """Whether a file is not of a variant: no other word stands between its name and its endings."""
+    name = file.name
+    for ending in (".json", ".index", ".safetensors"):
+        name = name.removesuffix(ending)
+    return "." not in name
+
+
+def what_is_missing(folder, weights):
+    found = [file.name for file in visible_files(folder)]
+    needed = (
+        f"one .safetensors file is needed, or several and an index, but it has "
+        f"{len(weights) or 'none'}: {found!s:.300}"
+    )
+    pickles = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles and not weights:
+        return f"has its weights as a pickle, {pickles[0]}, which is not read; {needed}"
+    if any(name.endswith(".gguf") for name in found) and not weights:
+        return f"has GGUF weights, which are quantized and not supported; {needed}"
+    return needed
 
 
 def read_index(index):
@@ -1239,9 +1450,21 @@ def opened(file):
     except (SafetensorError, OSError) as error:
         if not file.exists():
             raise CheckpointError(f"{file} {absence(file)}; fetch it again") from None
+        if file.is_file() and is_lfs_pointer(file):
+            raise CheckpointError(f"{file} {LFS_HELP}") from None
         raise CheckpointError(
             f"{file} is not a whole safetensors file ({error!s:.200}); fetch it again"
         ) from None
+
+
+LFS_HELP = "is a pointer of Git LFS, not the file; fetch it with `git lfs pull`"
+
+
+def is_lfs_pointer(file):
+    """Whether Git has cloned only a note in the place of a large file."""
+    beginning = b"version https://git-lfs"
+    with open(file, "rb") as content:
+        return content.read(len(beginning)) == beginning
 
 
 def absence(file):
@@ -1251,10 +1474,23 @@ def absence(file):
     return "is missing"
 
 
+LARGEST_JSON = 2**27  # bytes; Wan's largest, the tokenizer, has 2**24
+
+
 def read_json(file):
     """The object in a JSON file. Raises CheckpointError if there is none."""
+    file = Path(file)
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+            raise CheckpointError(f"{file} is not an ordinary file")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{file} is too large, {status.st_size / 2**20:.0f} MiB")
+        if is_lfs_pointer(file):
+            raise CheckpointError(f"{file} {LFS_HELP}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except PermissionError:
         raise CheckpointError(f"{file}: permission denied") from None
     except FileNotFoundError:

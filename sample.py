@@ -10,46 +10,45 @@ for.
 Whatever a run has computed is in the folder `state` of its output, so nothing is computed twice.
 
 The bundled model knows the words: a and above bubbles fish floor large left orange pink plain
-purple red right sandy seaweed small spotted striped swim swims two with yellow. Try
+purple red right sandy seaweed small spotted striped swims with yellow. Try
     a large red striped fish swims right above a sandy floor with bubbles
     a small yellow plain fish swims left above a sandy floor with seaweed
     a large pink spotted fish swims left above a sandy floor
 """
 
-from support.command_line import (
-    fail,
-    handle_signals,
-    parse_arguments,
-    protect_streams,
-    set_allocator,
-)
+import sys
+
+from support.options import parse_arguments
+from support.processes import fail, handle_signals, protect_streams, set_allocator
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     protect_streams()
     handle_signals()
-    ARGUMENTS = parse_arguments(__doc__)
+    ARGUMENTS = parse_arguments(__doc__, sys.argv[1:], fail)
     set_allocator()
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import freeswim
 import model
-from support import RunError, UserError, hub, lora, media, memory, parallel
+from support import RunError, UserError, hub, lora, media, offload, processes
 from support.experts import Experts
+from support.plan import make_plan, needs_negative
 from support.run import Run
-from support.settings import make_plan
 
 
 def main(arguments):
-    plan = parallel.from_first(partial(make_plan, arguments))
-    with Run(plan, parallel.device_of(plan.device)) as run:
+    plan = processes.from_first(partial(make_plan, arguments))
+    with Run(plan, processes.device_of(plan.options.device)) as run:
         models = load_models(plan, run)
         prompts = embed_prompts(plan, models, run)
         run.begin()  # all is in order: from here on, files are written
@@ -60,7 +59,7 @@ def main(arguments):
         base = make_base_clip(plan, models, run, prompts)
         upscaled = upscale(plan, run, base)
         latents = encode(plan, models, run, upscaled)
-        strips = {"base clip, enlarged": media.sample_frames(middle(plan, upscaled))}
+        strips = {"base clip, enlarged": media.sample_frames(crop(plan, upscaled))}
         del base, upscaled  # as large as the refined clip
 
         for name, variant in variants(plan, models).items():
@@ -74,115 +73,164 @@ def main(arguments):
         with run.stage("write"):
             run.write("comparison.png", partial(media.write_comparison, strips=strips))
         run.write_record()
-    for name in plan.record.files:
-        if name != "state" and parallel.is_first():
+    for name in run.record.files:
+        if name != "state" and processes.is_first():
             print(plan.output / name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
 
 
 @dataclass
 class Models:
-    folder: Any  # where the weights are
+    folder: Path  # where the weights are
     transformer: Any  # or Wan2.2's two, as Experts
-    vae: Any
-    window_attention: Any  # prepares the window path's attention, like freeswim.grouped_window
+    vae: model.WanVAE
+    tiled: bool  # whether the VAE works in tiles
+    window_attention: Callable  # prepares the window path's, like freeswim.grouped_window
     cache: Any  # the cross-attention cache
 
 
 def load_models(plan, run):
     """The transformer and the VAE, each shared by all processes if there are several."""
-    folder = parallel.once_per_host(partial(hub.download, plan.model, weights=True))
-    hub.check_weights(plan.model, folder)  # all parts are whole, or refused, before one is loaded
-    check_same_weights(plan, folder)
-    device = run.device
-    several = parallel.is_launched()
+    options = plan.options
+    folder = processes.once_per_host(partial(hub.download, options.model, weights=True))
+    hub.check_weights(options.model, folder)  # all parts are whole, or refused, before one is read
+    check_files(plan, run, folder)
     with run.stage("load"):
-        transformer_class = parallel.SharedTransformer if several else model.WanTransformer
-        vae_class = parallel.SharedVAE if several else model.WanVAE
-        window_attention = freeswim.grouped_window
-        load_vae = partial(vae_class.from_pretrained, folder / "vae", device)
-        empty = model.build(transformer_class, folder / "transformer")
-        placement = memory.plan_memory(plan, empty, device)
-        run.relief = memory.relief(placement, device)
-        if device.type == "cuda":
-            from support import fast  # it imports PyTorch's compiler, which takes seconds
-
-            kind = (device, getattr(torch, plan.dtype), empty.head_dim)
-            transformer_class = fast.transformer_for(*kind, transformer_class)
-            window_attention = fast.window_for(*kind)
-            half = plan.vae_dtype == "float16"
-            tiles_at_once = 1 if placement.is_tight else 4
-            load_vae = partial(
-                fast.load_vae, vae_class, folder / "vae", device, half, tiles_at_once
-            )
-
-        load = partial(load_transformer, plan, device, folder, transformer_class, placement)
+        placement = offload.plan_memory(plan, run.device)
+        run.advise(offload.relief(placement, run.device))
+        kernels = choose_kernels(plan, run.device)
+        load = partial(load_transformer, plan, run.device, folder, kernels, placement)
         if plan.boundary is None:
             transformer = load("transformer")
         else:
-            like = model.build(transformer_class, folder / "transformer")
-            transformer = Experts(partial(load_expert, load), plan.boundary, like)
-        vae = load_vae()
-        cache = memory.CacheOnCPU(device) if placement.cache_on_cpu else {}
-    return Models(folder, transformer, vae, window_attention, cache)
+            load = partial(load_expert, load)
+            transformer = Experts(load, plan.boundary, like=plan.parts.transformer)
+        vae, tiled = load_vae(plan, run, folder, placement)
+        cache = offload.CacheOnCPU(run.device) if placement.cache_on_cpu else {}
+    return Models(folder, transformer, vae, tiled, kernels.window_attention, cache)
 
 
-def load_transformer(plan, device, folder, transformer_class, placement, name):
-    """The transformer in the part `name` of a model, with its LoRAs, where it was planned."""
-    options = {"shard": plan.shard_weights} if parallel.is_launched() else {}
-    if plan.lora_changes[name]:
-        options["adjust"] = partial(lora.merge, plan.lora_changes[name], device)
-    transformer = transformer_class.from_pretrained(
-        folder / name,
-        device="cpu" if placement.stream_weights else device,
-        dtype=getattr(torch, plan.dtype),
-        **options,
+def check_files(plan, run, folder):
+    """Raise UserError if the model's files, or a LoRA, are not those that a resumed run began with,
+    or not the same on all hosts."""
+    fingerprints = hub.fingerprints_of_model(folder)
+    processes.check_equal(
+        fingerprints,
+        f"--model {plan.options.model}: its files are not the same on all hosts; copy them anew",
     )
-    if placement.stream_weights:
-        memory.stream_blocks(transformer, device)
-    return transformer
+    run.check_weights(fingerprints)
+
+
+@dataclass
+class Kernels:
+    """What suits the device."""
+
+    block: type  # of the transformer
+    full_attention: Callable
+    window_attention: Callable
+    sequence: Any = None  # how several processes share the tokens
+
+
+def choose_kernels(plan, device):
+    """The fastest that works here."""
+    kernels = Kernels(model.Block, model.full_attention, freeswim.grouped_window)
+    if device.type == "cuda":
+        from support import attention, compiled  # PyTorch's compiler takes seconds to import
+
+        dtype = getattr(torch, plan.options.dtype)
+        head_dim = plan.parts.transformer.head_dim
+        kernels.block = compiled.choose_block(device, dtype)
+        kernels.full_attention = attention.choose_full_attention(device, dtype, head_dim)
+        kernels.window_attention = attention.choose_window(device, dtype, head_dim)
+    if processes.are_several():
+        from support.sequence_parallel import SequenceParallel
+
+        sequence = SequenceParallel(plan.parts.transformer.heads)
+        kernels.sequence = sequence
+        kernels.full_attention = sequence.attention(kernels.full_attention)
+        kernels.window_attention = sequence.window_attention(kernels.window_attention)
+    return kernels
+
+
+def load_transformer(plan, device, folder, kernels, placement, name):
+    """The transformer in the part `name` of a model, with its LoRAs, where it was planned."""
+    parts = {"block": kernels.block, "attention": kernels.full_attention}
+    if kernels.sequence is not None:
+        from support.sequence_parallel import SequenceParallelTransformer, load_sharded
+
+        parts["sequence"] = kernels.sequence
+        load = SequenceParallelTransformer.from_pretrained
+        if plan.options.shard_weights:
+            load = load_sharded
+    elif placement.stream_weights:
+        load = offload.load_streamed
+    else:
+        load = model.WanTransformer.from_pretrained
+    adjust = None
+    if plan.lora_changes[name]:
+        adjust = partial(lora.merge, plan.lora_changes[name], device)
+    return load(folder / name, device, getattr(torch, plan.options.dtype), adjust, **parts)
 
 
 def load_expert(load, name):
     """One of Wan2.2's two transformers, by `load(name)`. Lines say so, as it may take a while."""
     noise = "high" if name == "transformer" else "low"
-    parallel.say(f"loading the expert for {noise} noise")
+    processes.say(f"loading the expert for {noise} noise")
     start = time.time()
     transformer = load(name)
-    parallel.say(f"it took {time.time() - start:.1f} s to load")
+    processes.say(f"it took {time.time() - start:.1f} s to load")
     return transformer
 
 
-def check_same_weights(plan, folder):
-    """Raise UserError if a resumed run began with other weights."""
-    fingerprint = hub.fingerprint_of_weights(folder)
-    before = plan.record.fingerprints.setdefault("weights", fingerprint)
-    if before != fingerprint:
-        raise UserError(
-            f"--resume {plan.output}: its weights are not those it began with ({folder}); put them "
-            "back, or begin anew"
-        )
+def load_vae(plan, run, folder, placement):
+    """The VAE, and whether it works in tiles."""
+    tiles = run.choose_vae_tiles(partial(offload.choose_vae_tiles, plan, run.device, placement))
+    parts = offload.VAE_TILES[tiles]
+    if processes.are_several():
+        from support.sequence_parallel import SharedTiles
+
+        parts = parts | {"share": SharedTiles()}
+    if run.device.type == "cuda":
+        from support import compiled
+
+        half = plan.options.vae_dtype == "float16"
+        vae = compiled.load_vae(folder / "vae", run.device, half, **parts)
+    else:
+        vae = model.WanVAE.from_pretrained(folder / "vae", run.device, **parts)
+    return vae, tiles != "whole"
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
 
 
 def embed_prompts(plan, models, run):
     """Text embeddings, (1, L, text_dim) each: {"text"}, and {"negative"} if there is guidance."""
-    prompts = run.load("text", *prompts_of(plan)) if plan.resumes else None
+    text_dim = plan.parts.transformer.config["text_dim"]
+    shape = (1, plan.preset.text_length, text_dim)
+    prompts = None
+    if plan.begun is not None:
+        prompts = run.load("text", dict.fromkeys(prompts_of(plan), shape))
     if prompts is None:
         with run.stage("text"):
-            prompts = parallel.from_first(partial(compute_embeddings, plan, models, run.device))
+            prompts = processes.from_first(partial(compute_embeddings, plan, models, run.device))
     return {name: tensor.to(run.device) for name, tensor in prompts.items()}
 
 
 def prompts_of(plan):
     """The prompts that are needed. Guidance 1 needs no negative one."""
-    prompts = {"text": plan.prompt}
-    if plan.guidance != 1 or plan.guidance_2 not in (None, 1):
-        prompts["negative"] = plan.negative_prompt
+    prompts = {"text": plan.options.prompt}
+    if needs_negative(plan.options):
+        prompts["negative"] = plan.options.negative_prompt
     return prompts
 
 
 def compute_embeddings(plan, models, device):
     folder = models.folder / "text_encoder"
-    encoder = model.TextEncoder.from_pretrained(folder, device, getattr(torch, plan.dtype))
+    encoder = model.TextEncoder.from_pretrained(folder, device, getattr(torch, plan.options.dtype))
     prompts = prompts_of(plan)
     embeddings = model.encode_prompt(encoder, plan.tokenizer, list(prompts.values())).cpu()
     if not embeddings.isfinite().all():
@@ -194,10 +242,15 @@ def announce(plan, run):
     native_height, native_width = plan.native
     height, width = plan.target
     for note in plan.notes:
-        parallel.say(note)
-    parallel.say(plan.prompt)
-    parallel.say(
-        f"{native_width}x{native_height} to {width}x{height}, {plan.frames} frames, on "
+        processes.say(note)
+    if plan.begun is not None and plan.begun.threads not in (0, run.record.threads):
+        processes.say(
+            f"this run began with {plan.begun.threads} CPU threads and goes on with "
+            f"{run.record.threads}: last digits may differ"
+        )
+    processes.say(plan.options.prompt)
+    processes.say(
+        f"{native_width}x{native_height} to {width}x{height}, {plan.options.frames} frames, on "
         f"{run.record.device}; if it ends early, go on with --resume {plan.output}"
     )
 
@@ -208,29 +261,51 @@ def announce(plan, run):
 
 def make_base_clip(plan, models, run, prompts):
     """The clip to refine, (1, 3, F, H, W) in [-1, 1] on the CPU: given, or generated."""
-    if plan.base_video is not None:
-        clip = run.load_or_compute("clip", lambda progress: plan.clip.frames, key="clip")
+    if plan.options.base_video is not None:
+        shape = (plan.options.frames, 3, None, None)
+        clip = run.load_or_compute("clip", partial(read_clip, plan), shape, key="clip")
         base = media.to_video(clip.cpu())
     else:
-        latents = run.load_or_compute("base", partial(generate, plan, models, prompts))
+        shape = plan.latents_shape(plan.native)
+        latents = run.load_or_compute("base", partial(generate, plan, models, prompts), shape)
         with run.stage("decode base") as progress:
-            base = models.vae.decode(latents, plan.tiled, progress).cpu()
+            base = models.vae.decode(latents, models.tiled, progress).cpu()
+            check_finite("the video is", base)
     with run.stage("write"):
         run.write("base.mp4", partial(media.write_video, video=base, fps=plan.fps))
     return base
 
 
+def read_clip(plan, progress):
+    """The frames of the given clip, read by the first process, which alone may have it."""
+    options = plan.options
+
+    def read():
+        return media.read_clip(options.base_video, options.frames, options.start).frames
+
+    return processes.from_first(read)
+
+
+def noise_generator(seed):
+    """PyTorch's generator on the CPU, of whose seed only 32 bits count. The other bits are mixed
+    in, so seeds of up to 32 bits give what they give anywhere."""
+    high = seed >> 32
+    mixed = seed ^ (high * 0x9E3779B1)
+    return torch.Generator().manual_seed(mixed % 2**32)
+
+
 def generate(plan, models, prompts, progress):
+    options = plan.options
     return freeswim.generate(
         models.transformer,
         prompts["text"],
         prompts.get("negative"),
-        plan.base_shape,
-        steps=plan.steps,
-        flow_shift=plan.base_shift,
-        guidance=plan.guidance,
-        guidance_2=plan.guidance_2,
-        generator=torch.Generator().manual_seed(plan.seed),
+        plan.latents_shape(plan.native),
+        steps=options.steps,
+        flow_shift=options.base_shift,
+        guidance=options.guidance,
+        guidance_2=options.guidance_2,
+        generator=noise_generator(options.seed),
         progress=progress,
     )
 
@@ -239,7 +314,7 @@ def upscale(plan, run, base):
     """The base clip, cropped to the target's proportions and enlarged, with its edges repeated up
     to what is computed."""
     with run.stage("upsample"):
-        cropped = media.center_crop(base, *media.cropped(base.shape[-2:], plan.target))
+        cropped = media.center_crop(base, *media.crop_size(base.shape[-2:], plan.target))
         enlarged = freeswim.upsample(cropped, *plan.target)
         return media.pad(enlarged, *plan.computed)
 
@@ -248,9 +323,11 @@ def encode(plan, models, run, video):
     """Its latents, no noise added."""
 
     def compute(progress):
-        return models.vae.encode(video, plan.tiled, progress)
+        latents = models.vae.encode(video, models.tiled, progress)
+        check_finite("the VAE's latents are", latents)
+        return latents
 
-    return run.load_or_compute("encode", compute)
+    return run.load_or_compute("encode", compute, plan.latents_shape(plan.computed))
 
 
 @dataclass
@@ -258,7 +335,7 @@ class Variant:
     """A way to refine a clip."""
 
     label: str  # in comparison.png
-    window_attention: Any
+    window_attention: Callable
     override: bool = True
     cache_interval: int | None = None
 
@@ -267,12 +344,12 @@ def variants(plan, models):
     """What is computed, by the name of its state: FreeSwim and, with --compare, what is left of it
     without its parts."""
     window = models.window_attention
-    chosen = {"refine": Variant("FreeSwim", window, cache_interval=plan.cache_interval)}
-    if plan.compare:
+    interval = plan.options.cache_interval
+    chosen = {"refine": Variant("FreeSwim", window, cache_interval=interval)}
+    if plan.options.compare:
+        full = partial(freeswim.no_window, attention=models.transformer.full_attention)
         clipped = partial(window, border="clipped")
-        chosen["full attention"] = Variant(
-            "full attention, no windows", freeswim.no_window, override=False
-        )
+        chosen["full attention"] = Variant("full attention, no windows", full, override=False)
         chosen["clipped window"] = Variant("clipped windows, no override", clipped, override=False)
         chosen["inward window"] = Variant("inward windows, no override", window, override=False)
     return chosen
@@ -280,6 +357,7 @@ def variants(plan, models):
 
 def refine(plan, models, run, prompts, latents, name, variant):
     """Refined latents. The state of the steps so far is kept under `name`-progress."""
+    options = plan.options
     state_name = f"{name}-progress"
 
     def compute(progress):
@@ -289,22 +367,25 @@ def refine(plan, models, run, prompts, latents, name, variant):
             prompts["text"],
             prompts.get("negative"),
             native=plan.native_grid,
-            steps=plan.steps,
-            strength=plan.strength,
-            flow_shift=plan.flow_shift,
-            guidance=plan.guidance,
-            guidance_2=plan.guidance_2,
+            steps=options.steps,
+            strength=options.strength,
+            flow_shift=options.flow_shift,
+            guidance=options.guidance,
+            guidance_2=options.guidance_2,
             cache_interval=variant.cache_interval,
-            generator=torch.Generator().manual_seed(plan.seed + 1),
+            generator=noise_generator(options.seed + 1),
             override=variant.override,
             window_attention=variant.window_attention,
             cross_attention_cache=models.cache,
             progress=progress,
-            state=run.load(state_name, "step", "latents"),
+            state=run.load(state_name),
             save=partial(run.save, state_name),
         )
 
-    refined = run.load_or_compute(name, compute)
+    try:
+        refined = run.load_or_compute(name, compute, latents.shape)
+    except freeswim.StateError as error:
+        raise run.damaged(state_name, error) from None
     models.cache.clear()  # the VAE needs its memory
     return refined
 
@@ -312,42 +393,50 @@ def refine(plan, models, run, prompts, latents, name, variant):
 def decode(plan, models, run, latents, name):
     """The video at the target's size, (1, 3, F, H, W) in [-1, 1]."""
     with run.stage(f"decode {name}") as progress:
-        return middle(plan, models.vae.decode(latents, plan.tiled, progress))
+        video = models.vae.decode(latents, models.tiled, progress)
+        check_finite("the video is", video)
+        return crop(plan, video)
 
 
-def middle(plan, video):
+def check_finite(what, tensor):
+    """Raise NotFiniteError if the VAE overflowed."""
+    if not model.is_finite(tensor):
+        raise freeswim.NotFiniteError(f"{what} not finite")
+
+
+def crop(plan, video):
     """The part of what is computed that was asked for."""
     return media.center_crop(video, *plan.target)
 
 
 def write_refined(plan, run, video, latents):
-    run.record.latents_sha256 = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
+    run.note_latents(hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest())
     write = partial(media.write_video, video=video, fps=plan.fps, sound=read_sound(plan))
     with run.stage("write"):
         run.write("freeswim.mp4", write)
-        if plan.frames == 1:
+        if plan.options.frames == 1:
             run.write("freeswim.png", partial(media.write_picture, video=video))
 
 
 def read_sound(plan):
     """The sound of the clip's frames that are used, if it has any."""
-    if plan.record.sound is None or not parallel.is_first():
+    if plan.sound is None or not processes.is_first():
         return None
-    begin, end = plan.record.sound
+    begin, end = plan.sound
     try:
-        return media.read_sound(plan.base_video, Fraction(begin), Fraction(end))
+        return media.read_sound(plan.options.base_video, Fraction(begin), Fraction(end))
     except OSError as error:
-        parallel.say(f"the clip's sound cannot be carried over: {error}")
+        processes.say(f"the clip's sound cannot be carried over: {error}")
         return None
 
 
 if __name__ == "__main__":
-    parallel.start()
+    processes.start()
     try:
         main(ARGUMENTS)
     except (UserError, model.CheckpointError) as error:
-        fail(str(error))
+        processes.fail_once(str(error))
     except PermissionError as error:
-        fail(f"{error.filename}: permission denied")
+        processes.fail_once(f"{error.filename}: permission denied")
     except RunError as error:
-        fail(str(error), status=1)
+        processes.fail_once(str(error), status=1)

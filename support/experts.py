@@ -10,7 +10,8 @@ class Experts:
     """Takes the place of a WanTransformer in freeswim.generate and freeswim.refine. The transformer
     `transformer` serves timesteps from `boundary` on, `transformer_2` those below.
 
-    `load(name)` returns one of them. Each is loaded when its steps begin, after the other has gone.
+    `load(name)` returns one of them. Nobody else gets hold of it: each is loaded when its steps
+    begin, after the other has gone.
     """
 
     def __init__(self, load, boundary, like):
@@ -20,17 +21,33 @@ class Experts:
         self.head_dim = like.head_dim
         self.full_attention = like.full_attention
         self.name = None
-        self.network = None
+        self.transformer = None
 
-    def expert(self, timestep):
-        """The transformer for a timestep. Drop it before the next call: otherwise it stays in
-        memory beside the other."""
+    def select_expert(self, timestep):
+        """Load the transformer for this timestep, if it is not the one in memory."""
         name = "transformer" if timestep >= self.boundary else "transformer_2"
-        if name != self.name:
-            self.network = None
-            gc.collect()  # its blocks may refer to each other, as in support/parallel.py
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.network = self.load(name)
-            self.name = name
-        return self.network
+        if name == self.name:
+            return
+        self.name = None  # if loading fails, none is there
+        self.transformer = None
+        gc.collect()  # its parts may refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.transformer = self.load(name)
+        self.name = name
+
+    @property
+    def blocks(self):
+        return self.transformer.blocks
+
+    def prefetch(self, blocks):
+        return self.transformer.prefetch(blocks)
+
+    def embed(self, latents, timestep, text):
+        return self.transformer.embed(latents, timestep, text)
+
+    def unembed(self, tokens, time_emb, grid):
+        return self.transformer.unembed(tokens, time_emb, grid)
+
+    def __call__(self, latents, timestep, text, attend=None):
+        return self.transformer(latents, timestep, text, attend)

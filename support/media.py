@@ -2,6 +2,8 @@
 
 A clip that was read is uint8 (F, 3, H, W). A video is (1, 3, F, H, W) in [-1, 1], as in
 model.WanVAE. It becomes bytes frame by frame, on the CPU, so no second copy of it is ever held.
+Pictures and animations are read by imageio, videos by PyAV, which knows time stamps, colours and
+sound.
 """
 
 import stat
@@ -10,13 +12,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from model import is_finite
 from support import UserError
+from support.options import written_rate
+
+LONGEST_SIDE = 16384  # pixels; x264, the encoder, takes no larger frames
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -25,11 +32,17 @@ from support import UserError
 @dataclass(frozen=True)
 class Clip:
     frames: torch.Tensor  # uint8 (F, 3, H, W): square pixels, upright, sRGB or BT.709, even sides
+    count: int  # frames
     fps: Fraction | None  # frames per second, the clip's average; None for a picture
     times: tuple[Fraction, ...]  # when each frame is shown in the file, seconds
     end: Fraction  # when the last one ends
     has_sound: bool
     notes: tuple[str, ...]  # what the user should know
+
+
+def read_size(file, start=0):
+    """(height, width) of a clip's frames, of which one is decoded."""
+    return tuple(read_clip(file, 1, start).frames.shape[2:])
 
 
 def read_clip(file, most, start=0):
@@ -38,16 +51,17 @@ def read_clip(file, most, start=0):
     file = Path(file)
     check_readable(file)
     try:
-        image = Image.open(file)
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        return read_video(file, most, start)  # or a kind of picture that only FFmpeg knows
-    with image:
-        try:
-            return read_picture(image, file, most, start)
-        except (OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"--base-video {file}: is damaged ({str(error)[:100]})") from None
+        form = picture_format(file)
+        if form is None:
+            return read_video(file, most, start)
+        return read_picture(file, form, most, start)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # on damaged files, decoders fail in many ways
+        reason = " ".join(f"{type(error).__name__}: {error!s:.100}".split())
+        raise UserError(
+            f"--base-video {file}: cannot be read as a video or picture ({reason})"
+        ) from None
 
 
 def check_readable(file):
@@ -67,44 +81,59 @@ def check_readable(file):
         raise UserError(f"--base-video {file}: cannot be read ({error.strerror})") from None
 
 
-def read_picture(image, file, most, start):
+def picture_format(file):
+    """The format of a picture or animation, from its header; None if it is neither."""
+    try:
+        with Image.open(file) as image:
+            check_side(file, *image.size)
+            return image.format
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        return None  # or a kind of picture that only FFmpeg knows
+
+
+def check_side(file, width, height):
+    """Raise UserError, before anything is decoded, for frames that no video could have."""
+    if max(width, height) > LONGEST_SIDE:
+        raise UserError(
+            f"--base-video {file}: is {width}x{height}, but sides may have {LONGEST_SIDE} pixels"
+        )
+
+
+ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")  # other formats have pages, or a phone's depth
+
+
+def read_picture(file, form, most, start):
     """A picture, or an animation (GIF, WebP, APNG)."""
     durations = []  # milliseconds, of all frames
     frames = []
-    is_animation = image.format in ("GIF", "WEBP", "PNG", "AVIF")  # not pages, or a phone's depth
-    total = getattr(image, "n_frames", 1) if is_animation else 1
     times = []
-    for index in range(total):
-        image.seek(index)
-        image.load()  # of WebP, the duration is known only then
-        duration = Fraction(image.info.get("duration") or 0)
-        shown_until = sum(durations) + max(duration, 1)
-        if len(frames) < most and 1000 * start < shown_until:
-            times.append(Fraction(sum(durations)) / 1000)
-            frames.append(upright_rgb(image))
-        durations.append(duration)
+    with imageio.imopen(file, "r", plugin="pillow") as image:
+        total = image.properties(index=...).n_images if form in ANIMATIONS else 1
+        for index in range(total):
+            pixels = read_rgb(image, index)
+            duration = Fraction(image.metadata(index=index).get("duration") or 0)
+            shown_until = sum(durations) + max(duration, 1)
+            if len(frames) < most and 1000 * start < shown_until:
+                times.append(Fraction(sum(durations)) / 1000)
+                frames.append(pixels)
+            durations.append(duration)
     fps = None
     if total > 1 and sum(durations) > 0:
         fps = 1000 * total / sum(durations)
     check_start(frames, file, start)
     notes = left_out(total, len(frames), start)
     end = times[0] + (len(frames) / fps if fps else 0)
-    return Clip(to_clip(frames), fps, tuple(times), end, has_sound=False, notes=notes)
+    return make_clip(file, frames, fps, times, end, has_sound=False, notes=notes)
 
 
-def upright_rgb(image):
+def read_rgb(image, index):
     """A picture as a viewer shows it: uint8 (H, W, 3), turned as its EXIF data says, transparent
     parts on black."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return grey_of_16_bits(np.asarray(image))
-    if image.mode not in ("RGB", "RGBA"):
-        transparent = image.mode in ("LA", "PA", "La") or "transparency" in image.info
-        image = image.convert("RGBA" if transparent else "RGB")
-    if image.mode == "RGBA":
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image).convert("RGB")
-    return np.array(image)
+    if image.properties(index=index).dtype.itemsize > 1:
+        return grey_of_16_bits(image.read(index=index, rotate=True))
+    pixels = image.read(index=index, mode="RGBA", rotate=True)
+    opacity = pixels[..., 3:].astype(np.float32) / 255
+    return (pixels[..., :3] * opacity).round().astype(np.uint8)
 
 
 def grey_of_16_bits(pixels):
@@ -116,7 +145,8 @@ def grey_of_16_bits(pixels):
 
 def read_video(file, most, start):
     try:
-        with av.open(str(file)) as container:
+        # Titles in other encodings do not matter here.
+        with av.open(str(file), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise UserError(f"--base-video {file}: has no video; give a video or a picture")
             return decode_video(container, file, most, start)
@@ -128,6 +158,7 @@ def read_video(file, most, start):
 
 def decode_video(container, file, most, start):
     stream = container.streams.video[0]
+    check_side(file, stream.width, stream.height)
     stream.thread_type = "AUTO"
     origin = stream.start_time or 0  # in the stream's time base; a stream may start late
     time_base = stream.time_base
@@ -161,13 +192,32 @@ def decode_video(container, file, most, start):
     if is_hdr(first):
         notes.append("the clip is HDR: its colours are mapped to BT.709, and may look different")
     sound = len(container.streams.audio) > 0
-    return Clip(to_clip(frames), fps, tuple(times), end, has_sound=sound, notes=tuple(notes))
+    return make_clip(file, frames, fps, times, end, has_sound=sound, notes=tuple(notes))
 
 
-def shortened(clip, count):
+def make_clip(file, frames, fps, times, end, has_sound, notes):
+    """A Clip of frames uint8 (H, W, 3). Its sides are even, as H.264 wants them."""
+    height, width, _ = frames[0].shape
+    if min(height, width) < 2:
+        raise UserError(f"--base-video {file}: is {width}x{height}, too small to be refined")
+    height = height // 2 * 2
+    width = width // 2 * 2
+    clip = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
+    for index, frame in enumerate(frames):
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        clip[index] = pixels[:, :height, :width]
+    return Clip(clip, len(clip), fps, tuple(times), end, has_sound, notes)
+
+
+def truncate(clip, count):
     """The first `count` frames of a clip."""
-    end = clip.end if count == len(clip.frames) else clip.times[count]
-    return replace(clip, frames=clip.frames[:count], times=clip.times[:count], end=end)
+    end = clip.end if count == clip.count else clip.times[count]
+    return replace(clip, frames=clip.frames[:count], count=count, times=clip.times[:count], end=end)
+
+
+def without_frames(clip):
+    """What is known of a clip, but not its frames, which are large."""
+    return replace(clip, frames=clip.frames[:0].clone())
 
 
 def check_start(frames, file, start):
@@ -188,18 +238,6 @@ def left_out(total, used, start):
     if total == 0:
         return (f"the first {used} frames of the clip are used",)
     return ()
-
-
-def to_clip(frames):
-    """Frames uint8 (H, W, 3) as one tensor with even sides, as H.264 wants them."""
-    height, width, _ = frames[0].shape
-    height = height // 2 * 2
-    width = width // 2 * 2
-    clip = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
-    for index, frame in enumerate(frames):
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-        clip[index] = pixels[:, :height, :width]
-    return clip
 
 
 # Rates that videos are made at. A container's own rate may be off by the rounding of its clock.
@@ -299,7 +337,7 @@ def square_pixels(frame, stream):
 # Sizes
 
 
-def cropped(shape, target):
+def crop_size(shape, target):
     """The largest (height, width) within `shape` that has the proportions of `target`."""
     rows, columns = shape
     height, width = target
@@ -343,16 +381,22 @@ def to_frame(video, index):
 
 def write_picture(file, video):
     """The first frame of a video as a PNG."""
-    Image.fromarray(to_frame(video, 0)).save(file)
+    imageio.imwrite(file, to_frame(video, 0), plugin="pillow")
 
 
 def write_video(file, video, fps, sound=None):
-    """H.264 in MP4, BT.709 in limited range, tagged as such, with a `Sound` if one is given. Raises
-    OSError if not all of it could be written."""
+    """H.264 in MP4, BT.709 in limited range, tagged as such, with a `Sound` if one is given. `fps`
+    may be any number. Raises ValueError for what is no video, and OSError if not all of it could be
+    written."""
+    if not video.is_floating_point() or not is_finite(video):
+        raise ValueError(
+            f"a video holds finite floating-point numbers in [-1, 1], but this is {video.dtype}"
+        )
+    fps = Fraction(written_rate(fps))
     frames, height, width = video.shape[2:]
     try:
         with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = add_video_stream(container, height, width, Fraction(fps))
+            stream = add_video_stream(container, height, width, fps)
             if sound is not None:
                 sound_stream = add_sound_stream(container, sound)
             for index in range(frames):
@@ -422,7 +466,7 @@ def read_sound(file, begin, end):
     """The sound of a video from `begin` to `end`, in seconds. Raises OSError if that fails."""
     count = round((end - begin) * SOUND_RATE)
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(file), metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
             layout = stream.layout.name if stream.layout.name in LAYOUTS else "stereo"
             if begin > 1:
@@ -484,13 +528,13 @@ def sample_frames(video):
 
 
 def write_comparison(file, strips):
-    comparison(strips, detail_from="FreeSwim").save(file, format="PNG")
+    imageio.imwrite(file, comparison(strips, detail_from="FreeSwim"), plugin="pillow")
 
 
 def comparison(strips, detail_from):
-    """One picture of {label: frames (H, W, 3)}: for each a strip of its frames and an enlarged
-    detail of the middle one. The detail is a third of the frame high and wide, where the middle
-    frame of the strip `detail_from` has the strongest edges."""
+    """One picture, uint8 (H, W, 3), of {label: frames (H, W, 3)}: for each a strip of its frames,
+    and an enlarged detail of the middle one. The detail is a third of the frame high and wide,
+    where the middle frame of the strip `detail_from` has the strongest edges."""
     frames = strips[detail_from]
     height, width, _ = frames[0].shape
     top, left = sharpest_part(frames[len(frames) // 2])
@@ -504,7 +548,7 @@ def comparison(strips, detail_from):
         draw = ImageDraw.Draw(strip)
         draw.text((8, 4), label, "white", font, stroke_width=2, stroke_fill="black")
         pictures.append(np.asarray(strip))
-    return Image.fromarray(np.concatenate(pictures))
+    return np.concatenate(pictures)
 
 
 def sharpest_part(frame):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import sample
-from support.command_line import parse_arguments
+from support.options import parse_arguments
+from support.processes import fail
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "224x144", "--frames", "5", "--steps", "4", "--device", "cpu"]
@@ -35,7 +36,7 @@ def run(*arguments, **options):
 
 
 def parse(*arguments):
-    return parse_arguments(sample.__doc__, [str(argument) for argument in arguments])
+    return parse_arguments(sample.__doc__, [str(argument) for argument in arguments], fail)
 
 
 def run_here(*arguments):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,20 @@ def empty_transformer(**changes):
     config = json.loads(file.read_text(encoding="utf-8"))
     with torch.device("meta"):
         return WanTransformer(config | changes)
+
+
+def plan_for(transformer, grid, **options):
+    """As much of a plan as expected memory depends on: this transformer, a clip of `grid` tokens,
+    and `options`."""
+    frames, height, width = grid
+    defaults = {"cache_device": None, "offload": None, "cache_interval": 5}
+    defaults |= {"dtype": "bfloat16", "shard_weights": False}
+    return SimpleNamespace(
+        options=SimpleNamespace(**(defaults | options)),
+        parts=SimpleNamespace(transformer=transformer, token_size=16),
+        computed=(16 * height, 16 * width),
+        latent_frames=frames,
+    )
 
 
 def peak_memory(script, *arguments):

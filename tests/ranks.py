@@ -15,15 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from oracle import relative
 from references import REFERENCE, load, refined
 
-from freeswim import generate, upsample
-from model import WanTransformer, WanVAE
-from support import parallel
+from freeswim import flex_window, generate, grouped_window, upsample
+from model import Block, WanTransformer, WanVAE, full_attention
+from support import processes, sequence_parallel
 from support.experts import Experts
+from support.sequence_parallel import shard_sizes
 
 
 def main():
-    parallel.start()
-    device = parallel.device_of(sys.argv[1])
+    processes.start()
+    device = processes.device_of(sys.argv[1])
     torch.backends.cudnn.allow_tf32 = False
     check_refinement("wide", 2, device)
     check_refinement("odd", None, device)
@@ -41,16 +42,17 @@ def check_refinement(name, interval, device):
     expected = refined(case, cache_interval=interval)
     whole = sum(parameter.numel() for parameter in case.transformer.blocks.parameters())
 
-    for cls, shard in product(shared_classes(device), (False, True)):
-        case.transformer = cls.from_pretrained(folder, device, shard=shard)
-        assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
+    for block, spread in product(blocks_for(device), (False, True)):
+        case.transformer, window = load_shared(folder, device, spread=spread, block=block)
+        settings = {"cache_interval": interval, "window_attention": window}
+        assert relative(refined(case, **settings), expected) <= 1e-5
         given = [case.expected[key] for key in ("latents", "timestep", "text")]
         own_tokens = case.transformer.embed(*given)[0].shape[1]
         assert own_tokens <= math.ceil(math.prod(case.meta["grid"]) / ranks)
 
     steps = len(case.meta["timesteps"])
     attentions = 4 * steps if interval is None else 2 * steps + len(range(0, steps, interval))
-    sent = traded(partial(refined, case, cache_interval=interval))
+    sent = traded(partial(refined, case, **settings))
     assert sent == attentions * formula(case.transformer, case.meta)
 
     blocks = case.transformer.blocks
@@ -61,11 +63,10 @@ def check_refinement(name, interval, device):
     own = sum(parameter.to_local().numel() for parameter in blocks.parameters())
     assert own <= 1.2 * whole / ranks + 1000  # only its share of the weights
 
-    load_shared = partial(parallel.SharedTransformer.from_pretrained, folder, device)
-    case.transformer = load_shared(torch.bfloat16, shard=True)
-    spread = refined(case, cache_interval=interval)
-    case.transformer = load_shared(torch.bfloat16)
-    shared = refined(case, cache_interval=interval)
+    case.transformer, window = load_shared(folder, device, torch.bfloat16, spread=True)
+    spread = refined(case, cache_interval=interval, window_attention=window)
+    case.transformer, window = load_shared(folder, device, torch.bfloat16)
+    shared = refined(case, cache_interval=interval, window_attention=window)
     assert relative(spread, shared) <= 1e-5  # the same weights
     case.transformer = WanTransformer.from_pretrained(folder, device, torch.bfloat16)
     alone = refined(case, cache_interval=interval)
@@ -82,7 +83,10 @@ def check_base_and_vae(device):
     config = WanTransformer.from_pretrained(folder).config
     config = config | {"num_attention_heads": 5, "attention_head_dim": 12}
     alone = WanTransformer(config).eval().to(device)
-    shared = parallel.SharedTransformer(config).eval().to(device)
+    sequence = sequence_parallel.SequenceParallel(5)
+    attention = sequence.attention(full_attention)
+    shared = sequence_parallel.SequenceParallelTransformer(config, sequence, attention=attention)
+    shared = shared.eval().to(device)
     shared.load_state_dict(alone.state_dict())
     text, negative = torch.randn(2, 2, 7, config["text_dim"]).to(device)
     expected = base_latents(alone, text, negative)
@@ -90,7 +94,7 @@ def check_base_and_vae(device):
 
     folder = REFERENCE / "wide" / "vae"
     alone = WanVAE.from_pretrained(folder, device)
-    shared = parallel.SharedVAE.from_pretrained(folder, device)
+    shared = WanVAE.from_pretrained(folder, device, share=sequence_parallel.SharedTiles())
     video = upsample(torch.rand(1, 3, 5, 40, 48).to(device) * 2 - 1, 264, 400)
     latents = alone.encode(video)
     assert relative(shared.encode(video), latents) <= 1e-5
@@ -102,40 +106,66 @@ def base_latents(transformer, text, negative):
     return generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=draw)
 
 
-def shared_classes(device):
-    """The transformers that share their work; on a GPU the compiled one too."""
-    classes = [parallel.SharedTransformer]
-    if device.type == "cuda":
-        from support import fast
+def load_shared(folder, device, dtype=torch.float32, spread=False, block=Block):
+    """A transformer whose tokens the ranks share, its weights too if `spread`; and the window
+    attention that belongs to it."""
+    heads = WanTransformer.from_pretrained(folder).heads
+    sequence = sequence_parallel.SequenceParallel(heads)
+    load = sequence_parallel.SequenceParallelTransformer.from_pretrained
+    if spread:
+        load = sequence_parallel.load_sharded
+    attention = sequence.attention(full_attention)
+    transformer = load(folder, device, dtype, sequence=sequence, block=block, attention=attention)
+    window = flex_window if device.type == "cuda" else grouped_window
+    return transformer, sequence.window_attention(window)
 
-        classes.append(fast.CompiledSharedTransformer)
-    return classes
+
+def blocks_for(device):
+    """The plain block; on a GPU the compiled one too."""
+    blocks = [Block]
+    if device.type == "cuda":
+        from support import compiled
+
+        blocks.append(compiled.CompiledBlock)
+    return blocks
 
 
 def check_experts(case, folder, device, interval):
     """Wan2.2's way of loading one transformer after the other, with weights spread."""
 
+    windows = {}
+
     def load_one(name):
-        return parallel.SharedTransformer.from_pretrained(folder, device, shard=True)
+        transformer, windows[name] = load_shared(folder, device, spread=True)
+        return transformer
 
     one = load_one("transformer")
     one.boundary = 875  # so that it counts its steps as two do
     case.transformer = one
-    expected = refined(case, cache_interval=interval)
-    case.transformer = Experts(load_one, 875, like=one)
-    assert relative(refined(case, cache_interval=interval), expected) <= 1e-5
+    window = windows["transformer"]
+    expected = refined(case, cache_interval=interval, window_attention=window)
+
+    def load_again(name):
+        # The two share a sequence, as in the command.
+        return sequence_parallel.load_sharded(
+            folder, device, torch.float32, sequence=one.sequence, attention=one.full_attention
+        )
+
+    case.transformer = Experts(load_again, 875, like=one)
+    again = refined(case, cache_interval=interval, window_attention=window)
+    assert relative(again, expected) <= 1e-5
 
 
 def check_exchanges_are_not_compiled(case, folder, device):
     """The compiler has collectives of its own, which copy what they receive once more."""
-    transformer = parallel.SharedTransformer.from_pretrained(folder, device)
+    transformer, window = load_shared(folder, device)
     for block in transformer.blocks:
         block.self_attention = torch.compile(block.self_attention, backend="eager")
     case.transformer = transformer
-    refined(case)
+    refined(case, window_attention=window)
     compiled = {metrics.co_name for metrics in torch._dynamo.utils.get_compilation_metrics()}
     assert "self_attention" in compiled
-    assert "trade" not in compiled
+    assert "all_to_all" not in compiled
 
 
 def formula(transformer, meta):
@@ -145,7 +175,7 @@ def formula(transformer, meta):
     tokens = math.prod(meta["grid"])
     heads = transformer.heads
     own = 0
-    for my_tokens, my_heads in zip(parallel.shares(tokens), parallel.shares(heads), strict=True):
+    for my_tokens, my_heads in zip(shard_sizes(tokens), shard_sizes(heads), strict=True):
         own += my_tokens * my_heads
     return 4 * len(transformer.blocks) * (tokens * heads - own) * transformer.head_dim * 4
 

@@ -13,7 +13,7 @@ from command import parse, record, run, run_here
 from PIL import Image
 
 from support import UserError, media
-from support.settings import make_plan
+from support.plan import make_plan
 
 HEIGHT, WIDTH = 128, 192
 NTSC = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)]
@@ -218,14 +218,14 @@ def test_a_long_film_starts_as_quickly_as_a_short_one(tmp_path, monkeypatch):
 
 def test_a_picture_means_one_frame(checkpoint, tmp_path):
     Image.fromarray(GREYS[0]).save(tmp_path / "a.jpg")
-    assert planned(checkpoint, tmp_path, tmp_path / "a.jpg").frames == 1
+    assert planned(checkpoint, tmp_path, tmp_path / "a.jpg").options.frames == 1
 
 
 @pytest.mark.parametrize("count, used", [(2, 1), (5, 5), (8, 5), (9, 9), (16, 13)])
 def test_a_short_clip_takes_what_it_has(checkpoint, tmp_path, count, used):
     clip = write(tmp_path / "clip.mp4", (GREYS * 2)[:count])
     plan = planned(checkpoint, tmp_path, clip)
-    assert plan.frames == len(plan.clip.frames) == used
+    assert plan.options.frames == used
     assert any(f"has {count} frames, of which {used} are used" in note for note in plan.notes)
 
 
@@ -476,7 +476,7 @@ def test_sound_comes_with_a_run_and_resumes(checkpoint, tmp_path, capfd):
 def test_another_rate_leaves_the_sound_out_and_says_so(checkpoint, tmp_path):
     file = write(tmp_path / "clip.mp4", GREYS, 16, sound=tone(0.5))
     plan = planned(checkpoint, tmp_path, file, "--fps", 8)
-    assert not plan.clip.has_sound
+    assert plan.sound is None
     assert any("sound is left out" in note for note in plan.notes)
 
 
@@ -498,8 +498,8 @@ def test_the_comparison_says_what_each_strip_is():
     other = [grey_frame(10) for _ in range(3)]
     other[1][:40, :40] = np.indices((40, 40)).sum(0)[..., None] % 2 * 255
     picture = media.comparison({"FreeSwim": result, "clipped windows": other}, "FreeSwim")
-    assert picture.size == (4 * WIDTH, 2 * HEIGHT)
-    detail = np.asarray(picture)[:HEIGHT, 3 * WIDTH :]
+    assert picture.shape == (2 * HEIGHT, 4 * WIDTH, 3)
+    detail = picture[:HEIGHT, 3 * WIDTH :]
     assert detail[30:].std() > 40
     labels = np.asarray(picture)[:, :120]
     assert labels[:20].max() > 200 and labels[HEIGHT : HEIGHT + 20].max() > 200

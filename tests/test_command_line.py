@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from support import UserError, hub, media
-from support.command_line import set_allocator
+from support.processes import set_allocator
 
 TINY_RUN = ["--frames", "1", "--steps", "2", "--size", "192x128", "--device", "cpu"]
 

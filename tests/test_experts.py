@@ -17,7 +17,7 @@ from freeswim import FlowUniPC, generate, refine, steps_that_read_cache
 from model import WanTransformer, build, checkpoint_name
 from support import UserError, hub
 from support.experts import Experts
-from support.settings import PRESETS, WAN_2_2_14B, find_preset
+from support.presets import WAN_2_2_14B, WAN_14B, find_preset
 
 FOLDERS = {
     "transformer": REFERENCE / "odd" / "transformer",
@@ -294,12 +294,8 @@ def test_exchanged_weights_of_the_second_expert_are_noticed(checkpoint, tmp_path
 
 
 def test_the_preset_is_that_of_wan_2_2():
-    class Wide:
-        heads = 40
-        head_dim = 128
-
-    assert find_preset("some/one", Wide, 875) is WAN_2_2_14B
-    assert find_preset("some/one", Wide, None) is PRESETS[5120]
+    assert find_preset(5120, two_experts=True) is WAN_2_2_14B
+    assert find_preset(5120, two_experts=False) is WAN_14B
     preset = WAN_2_2_14B
     assert (preset.width, preset.height, preset.frames, preset.steps) == (1280, 720, 81, 40)
     assert (preset.base_shift, preset.flow_shift) == (12, 9)

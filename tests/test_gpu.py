@@ -11,8 +11,8 @@ from oracle import relative, token_mask, window_attention
 from references import REFERENCE, REFINEMENTS, interval_of, load, refined
 
 from freeswim import flex_window, generate, grouped_window
-from model import WanTransformer, WanVAE, build
-from support import fast, media, memory
+from model import WanTransformer, WanVAE, build, full_attention
+from support import attention, compiled, media, offload
 from support.experts import Experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -45,7 +45,7 @@ def tokens(grid, head_dim, heads=3):
         ((21, 9, 8), (5, 5), 128),
     ],
 )
-@pytest.mark.parametrize("prepare", [flex_window, fast.tuned_window])
+@pytest.mark.parametrize("prepare", [flex_window, attention.tuned_window])
 def test_windows_are_the_textbooks(prepare, grid, window, head_dim, border):
     query, key, value = tokens(grid, head_dim)
     expected = window_attention(
@@ -59,7 +59,7 @@ def test_windows_are_the_textbooks(prepare, grid, window, head_dim, border):
 @pytest.mark.parametrize(
     "grid, window, head_dim", [((21, 9, 8), (5, 5), 32), ((5, 45, 60), (31, 53), 128)]
 )
-@pytest.mark.parametrize("prepare", [flex_window, fast.tuned_window])
+@pytest.mark.parametrize("prepare", [flex_window, attention.tuned_window])
 def test_windows_in_bfloat16(prepare, grid, window, head_dim, border):
     query, key, value = tokens(grid, head_dim, heads=1)
     mask = token_mask(grid, window, border).cuda()
@@ -75,7 +75,7 @@ def test_windows_in_bfloat16(prepare, grid, window, head_dim, border):
     )
 
 
-@pytest.mark.parametrize("prepare", [flex_window, fast.tuned_window])
+@pytest.mark.parametrize("prepare", [flex_window, attention.tuned_window])
 def test_windows_at_the_size_they_are_for(monkeypatch, prepare):
     """1088 x 1920 x 81: equal to the groups, and far from holding a mask of (T*H*W)^2, which would
     take 27 GiB; even after more grids than torch.compile, unasked, compiles one function for."""
@@ -109,15 +109,20 @@ def on_gpu(name):
     return case
 
 
-def test_features_and_weights_on_the_cpu():
+def load_streamed(device):
+    folder = REFERENCE / "odd" / "transformer"
+    return offload.load_streamed(folder, torch.device(device), torch.float32)
+
+
+def test_cache_and_weights_on_the_cpu():
     """Copied beside the computation, they are the same, bit for bit."""
     case, streamed = on_gpu("odd"), on_gpu("odd")
     case.transformer.cuda()
-    memory.stream_blocks(streamed.transformer, torch.device("cuda"))
+    streamed.transformer = load_streamed("cuda")
     expected = refined(case, cache_interval=3)
     for _ in range(3):
         assert torch.equal(
-            refined(case, cache_interval=3, cross_attention_cache=memory.CacheOnCPU("cuda")),
+            refined(case, cache_interval=3, cross_attention_cache=offload.CacheOnCPU("cuda")),
             expected,
         )
         assert torch.equal(refined(streamed, cache_interval=3), expected)
@@ -172,10 +177,11 @@ def test_full_attention_through_flash_attention():
     sample = slice(1000, 1200)
     query, key, value = parts.float()
     expected = F.scaled_dot_product_attention(query[:, :, sample], key, value, scale=0.1)
-    flash = fast.flash_full_attention(*parts, scale=0.1)[:, :, sample]
+    flash = attention.flash_full_attention(*parts, scale=0.1)[:, :, sample]
     cudnn = F.scaled_dot_product_attention(*parts, scale=0.1)[:, :, sample]
     assert relative(flash, expected) <= 1.2 * relative(cudnn, expected)
-    assert fast.transformer_for(torch.device("cuda"), torch.bfloat16, 128) is fast.FlashTransformer
+    chosen = attention.choose_full_attention(torch.device("cuda"), torch.bfloat16, 128)
+    assert chosen is attention.flash_full_attention
 
 
 @pytest.mark.parametrize("tiles_at_once", [1, 4])
@@ -186,8 +192,8 @@ def test_the_fast_vae_is_the_vae(tiles_at_once):
     video = torch.rand(1, 3, 9, 400, 600, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = plain.encode(video)
     decoded = plain.decode(latents)
-    quick = fast.load_vae(WanVAE, folder, device, False, tiles_at_once)
-    assert type(quick) is fast.FastVAE
+    quick = compiled.load_vae(folder, device, False, tiles_at_once=tiles_at_once)
+    assert type(quick) is compiled.FastVAE
     assert relative(quick.encode(video), latents) <= 1e-5
     assert relative(quick.decode(latents), decoded) <= 1e-5
 
@@ -197,7 +203,7 @@ def test_the_bundled_vae_in_float16_is_within_a_grey_level():
     device = torch.device("cuda")
     folder = ROOT / "tiny" / "vae"
     plain = WanVAE.from_pretrained(folder, device)
-    half = fast.load_vae(WanVAE, folder, device, True, 4)
+    half = compiled.load_vae(folder, device, True, tiles_at_once=4)
     clip = media.read_clip(ROOT / "tiny" / "sample.webp", 17).frames
     video = media.to_video(clip)[:, :, : (len(clip) - 1) // 4 * 4 + 1, :256, :384]
     latents = plain.encode(video)
@@ -214,10 +220,10 @@ def test_copies_use_the_streams_of_their_device():
     for each in (case, streamed):
         each.expected = {key: value.to("cuda:1") for key, value in each.expected.items()}
     case.transformer.to("cuda:1")
-    memory.stream_blocks(streamed.transformer, torch.device("cuda:1"))
+    streamed.transformer = load_streamed("cuda:1")
     expected = refined(case, cache_interval=3)
     for _ in range(3):
-        cache = memory.CacheOnCPU("cuda:1")
+        cache = offload.CacheOnCPU("cuda:1")
         assert torch.equal(refined(case, cache_interval=3, cross_attention_cache=cache), expected)
         assert torch.equal(refined(streamed, cache_interval=3), expected)
 
@@ -245,7 +251,7 @@ def test_experts_are_not_in_memory_together():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fast_window_works_here(dtype, capsys):
-    found = fast.window_for(torch.device("cuda"), dtype, 128)
+    found = attention.choose_window(torch.device("cuda"), dtype, 128)
     assert found is not grouped_window
     assert capsys.readouterr().err.startswith("window attention by ")
 
@@ -254,8 +260,11 @@ def test_a_compiled_transformer_is_the_same():
     case = on_gpu("odd")
     case.transformer.cuda()
     expected = refined(case, cache_interval=2)
-    cls = fast.transformer_for(torch.device("cuda"), torch.float32, 20)
-    assert cls is fast.CompiledTransformer  # flash-attn-4 has no float32
+    device = torch.device("cuda")
+    block = compiled.choose_block(device, torch.float32)
+    assert block is compiled.CompiledBlock
+    # flash-attn-4 has no float32
+    assert attention.choose_full_attention(device, torch.float32, 20) is full_attention
     folder = REFERENCE / "odd" / "transformer"
-    case.transformer = fast.CompiledTransformer.from_pretrained(folder, "cuda")
+    case.transformer = WanTransformer.from_pretrained(folder, "cuda", block=block)
     assert relative(refined(case, cache_interval=2), expected) <= 1e-4

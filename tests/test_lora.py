@@ -286,8 +286,8 @@ def bad_files():
         "LoKr": ({f"{Q}.lokr_w1": up}, None, ["LoKr", "not supported"]),
         "LoCon": (good | {f"{Q}.lora_mid.weight": up}, None, ["LoCon", "not supported"]),
         "DoRA by metadata": (good, dora, ["DoRA", "not supported"]),
-        "rsLoRA": (good, rank_stabilised, ["rsLoRA", "not supported"]),
-        "alpha pattern": (good, pattern, ["alpha_pattern", "not supported"]),
+        "rsLoRA without alpha": (good, rank_stabilised, ["use_rslora", "no lora_alpha"]),
+        "alpha pattern without alpha": (good, pattern, ["alpha_pattern", "no lora_alpha"]),
         "metadata broken": (good, {"lora_adapter_metadata": "{"}, ["metadata"]),
     }
 
@@ -340,15 +340,16 @@ def test_weights_of_files(tmp_path, monkeypatch, text, weight):
     monkeypatch.chdir(tmp_path)
     for name in ("x.safetensors", "x"):
         (tmp_path / name).touch()
-    found = lora.parse_lora("--lora", text)
-    assert found.weight == weight and found.file.parent == tmp_path
+    found = lora.find("--lora", lora.absolute("--lora", text))
+    assert found.weight == weight
+    assert found.file.parent == tmp_path
 
 
 @pytest.mark.parametrize("weight", ["", "high", "nan", "inf", "1,5"])
 def test_weights_that_are_no_numbers(tmp_path, weight):
     (tmp_path / "x.safetensors").touch()
     with pytest.raises(UserError, match="is not a number"):
-        lora.parse_lora("--lora", f"{tmp_path}/x.safetensors:{weight}")
+        lora.absolute("--lora", f"{tmp_path}/x.safetensors:{weight}")
 
 
 def test_files_of_the_hub(tmp_path, monkeypatch):
@@ -359,14 +360,17 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
         return str(tmp_path / "cached.safetensors")
 
     monkeypatch.setattr(lora, "hf_hub_download", hf_hub_download)
-    found = lora.parse_lora("--lora", "owner/name/folder/file.safetensors:0.5")
+    name = "owner/name/folder/file.safetensors"
+    written = lora.absolute("--lora", f"{name}:0.5")
+    assert asked == []  # it is fetched after all other checks
+    found = lora.find("--lora", written)
     assert asked == [("owner/name", "folder/file.safetensors")]
-    assert found == lora.Lora("--lora", tmp_path / "cached.safetensors", 0.5)
+    assert found == lora.Lora("--lora", tmp_path / "cached.safetensors", 0.5, name)
     monkeypatch.setattr(lora, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("off")))
     with pytest.raises(UserError, match="--lora owner/name/file.safetensors: no such file, and"):
-        lora.parse_lora("--lora", "owner/name/file.safetensors")
+        lora.find("--lora", "owner/name/file.safetensors")
     with pytest.raises(UserError, match="--lora nowhere.safetensors: no such file"):
-        lora.parse_lora("--lora", "nowhere.safetensors")
+        lora.absolute("--lora", "nowhere.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------

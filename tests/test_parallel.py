@@ -15,7 +15,7 @@ from command import ROOT, SMALL, latents, run_here
 from oracle import relative
 from safetensors.torch import load_file
 
-from support import parallel
+from support import processes
 
 SETTINGS = [*SMALL, "--cache-interval", "2"]
 
@@ -61,7 +61,7 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name in ("cpu", "cuda", "cuda:1"):
-        assert parallel.device_of(name) == torch.device(name)
+        assert processes.device_of(name) == torch.device(name)
     assert chosen == [torch.device("cuda:1")]
 
 

@@ -21,7 +21,7 @@ from transformers import UMT5EncoderModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from freeswim import generate, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
-from support.settings import PRESETS
+from support.presets import BUNDLED
 from tiny import world
 from tiny.ablate import asked_for, at_border, frechet, judge, looked_at, patch_features, sharpness
 from tiny.train import Muon, cut_windows
@@ -52,7 +52,7 @@ def embeddings():
     """Of the prompts, and of the empty one."""
     encoder = TextEncoder.from_pretrained(TINY / "text_encoder")
     return encode_prompt(
-        encoder, load_tokenizer(TINY / "tokenizer", PRESETS[240].text_length), [*PROMPTS, ""]
+        encoder, load_tokenizer(TINY / "tokenizer", BUNDLED.text_length), [*PROMPTS, ""]
     )
 
 
@@ -288,7 +288,7 @@ def test_diffusers_and_transformers_read_it_as_we_do(transformer, vae, text):
     assert relative(vae.decode(latents), expected) <= 1e-5
 
     theirs = UMT5EncoderModel.from_pretrained(TINY / "text_encoder")
-    tokens = load_tokenizer(TINY / "tokenizer", PRESETS[240].text_length).encode(PROMPTS[0])
+    tokens = load_tokenizer(TINY / "tokenizer", BUNDLED.text_length).encode(PROMPTS[0])
     count = sum(tokens.attention_mask)
     expected = theirs(torch.tensor([tokens.ids[:count]])).last_hidden_state
     assert relative(text[:1, :count], expected) <= 1e-5
@@ -317,7 +317,7 @@ def test_a_prompted_fish_has_its_colour(transformer, vae, text):
         text[-1:].expand(count, -1, -1),
         (count, 16, 5, 16, 24),
         steps=12,
-        guidance=PRESETS[240].guidance,
+        guidance=BUNDLED.guidance,
         generator=torch.Generator().manual_seed(0),
     )
     frame = vae.decode(latents[:, :, :3])[:, :, -1] / 2 + 0.5  # (5, 3, 128, 192)

@@ -9,7 +9,8 @@ from oracle import relative, seen, token_mask, window_attention, window_mask
 from references import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freeswim import dense_window, grouped_window, inward_mask
+import freeswim
+from freeswim import dense_window, grouped_window
 
 # (grid (T, H, W), window (rows, cols)): ordinary, odd sizes, windows larger than one axis or both,
 # single tokens.
@@ -35,7 +36,7 @@ CASES = [
 @pytest.mark.parametrize("name", ["wide", "odd"])
 def test_mask_is_the_authors(name):
     case = load(name)
-    mask = inward_mask(*case.meta["grid"][1:], case.window_size)
+    mask = freeswim.window_mask(*case.meta["grid"][1:], case.window_size)
     assert mask.dtype == torch.bool
     assert torch.equal(mask, case.expected["mask"].bool())
 
@@ -65,7 +66,7 @@ SINGLES = [
 
 @pytest.mark.parametrize("height, width, window", [*SINGLES, *random_windows(60)])
 def test_mask_keeps_its_definition(height, width, window):
-    mask = inward_mask(height, width, window)
+    mask = freeswim.window_mask(height, width, window)
     assert mask.shape == (height * width, height * width)
     for query in range(height * width):
         visible = mask[query].view(height, width)
@@ -129,7 +130,7 @@ def test_groups_never_hold_the_mask_of_the_whole_clip(border):
 
 
 def test_clipped_and_inward_differ_at_the_border_only():
-    inward, clipped = inward_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), "clipped")
+    inward, clipped = freeswim.window_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), "clipped")
     same = (inward == clipped).all(dim=1).view(9, 12)
     inside = torch.zeros(9, 12, dtype=torch.bool)
     inside[2:-2, 3:-3] = True

@@ -27,11 +27,11 @@ from tqdm import tqdm
 from freeswim import dense_window, generate, grouped_window, no_window, refine, upsample
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from support import media
-from support.settings import PRESETS
+from support.presets import BUNDLED
 from tiny import world
 
 HERE = Path(__file__).parent
-NATIVE = PRESETS[240]
+NATIVE = BUNDLED
 METHODS = {
     "full attention": {"override": False},
     "clipped window": {"override": False},

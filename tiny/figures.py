@@ -18,14 +18,14 @@ from tqdm import tqdm
 from freeswim import (
     generate,
     grouped_window,
-    inward_mask,
     no_window,
     refine,
     upsample,
+    window_mask,
 )
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
 from support.media import to_frame
-from support.settings import BUNDLED
+from support.presets import BUNDLED
 
 TINY = Path(__file__).parent
 
@@ -54,7 +54,7 @@ def draw_windows():
     size = (GAP + len(QUERIES) * panel_width, GAP // 2 + 2 * panel_height)
     picture = Image.new("RGB", size, PAPER)
     for row, border in enumerate(("clipped", "inward")):
-        mask = inward_mask(height, width, WINDOW, border).view(height, width, height, width)
+        mask = window_mask(height, width, WINDOW, border).view(height, width, height, width)
         for column, (place, query) in enumerate(QUERIES.items()):
             seen = mask[query]  # (H, W): what this query sees
             label = f"{border}, {place}: sees {seen.sum().item()} tokens"

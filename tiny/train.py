@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from freeswim import upsample, window_size, window_start
 from model import (
+    Block,
     TextEncoder,
     WanTransformer,
     WanVAE,
@@ -34,12 +35,12 @@ from model import (
     read_weights,
     tokenize,
 )
-from support import parallel
-from support.fast import CompiledTransformer
+from support import processes
+from support.compiled import CompiledBlock
 from tiny import world
 
 HERE = Path(__file__).parent
-RANK, RANKS = parallel.rank(), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
+RANK, RANKS = processes.rank(), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel",
     "_diffusers_version": "0.35.2",
@@ -275,7 +276,7 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     total, resumed_at, began, saved = 0.0, step, time.time(), time.time()
     while True:
         if step % 20 == 0:  # all processes look at one clock, and end together
-            seconds = parallel.from_first(lambda: before + time.time() - began)
+            seconds = processes.from_first(lambda: before + time.time() - began)
             if seconds >= 60 * minutes:
                 break
             for group in sum((optimizer.param_groups for optimizer in optimizers), []):
@@ -512,9 +513,9 @@ def train_vae(args, log):
     return vae
 
 
-def new_transformer(cls, config):
+def new_transformer(block, config):
     """Random, so that its first prediction is nothing."""
-    transformer = cls(config)
+    transformer = WanTransformer(config, block)
     for layer in transformer.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(layer.weight)
@@ -525,9 +526,9 @@ def new_transformer(cls, config):
 
 def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
     """The text encoder and the transformer, as one ModuleDict, from the encoded clips."""
-    cls = WanTransformer if args.device == "cpu" else CompiledTransformer  # twice as fast
+    block = Block if args.device == "cpu" else CompiledBlock  # twice as fast
     nets = torch.nn.ModuleDict(
-        {"text": TextEncoder(text_config), "transformer": new_transformer(cls, TRANSFORMER)}
+        {"text": TextEncoder(text_config), "transformer": new_transformer(block, TRANSFORMER)}
     )
     if args.start:
         loaded = {
@@ -588,8 +589,8 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
 
 def main():
     args = parse_arguments()
-    parallel.start()
-    args.device = str(parallel.device_of(args.device))
+    processes.start()
+    args.device = str(processes.device_of(args.device))
     if RANK > 0:  # its state, log and result are as the first's, or nobody's concern
         args.work = args.output = args.work / f"process {RANK}"
     args.work.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,8 @@ from speed import (
 )
 
 from freeswim import predict_cached, predict_dual
-from support import fast, parallel
+from model import WanTransformer, full_attention
+from support import attention, compiled, sequence_parallel
 
 BLOCKS = 3
 REPEATS = 2
@@ -68,7 +69,7 @@ def clock(function, together):
 @dataclass
 class Step:
     """Seconds of a step with cache interval 5 and without a cache, the peak of memory in GiB, and
-    the peak that support/memory.py expects where all processes share the work."""
+    the peak that support/offload.py expects where all processes share the work."""
 
     cached: float
     uncached: float
@@ -76,8 +77,16 @@ class Step:
     expected: float
 
 
-def measure_step(transformer_class, window_attention, together):
-    transformer = random_transformer(transformer_class, BLOCKS)
+def measure_step(full, window_attention, together):
+    parts = {"attention": full}
+    transformer_class = WanTransformer
+    if together:
+        sequence = sequence_parallel.SequenceParallel(HEADS)
+        parts = {"attention": sequence.attention(full), "sequence": sequence}
+        window_attention = sequence.window_attention(window_attention)
+        transformer_class = sequence_parallel.SequenceParallelTransformer
+    block = compiled.CompiledBlock
+    transformer = random_transformer(block, BLOCKS, cls=transformer_class, **parts)
     given = inputs(HD)
     attend = window_attention(HD, WINDOW, SCALE)
     attend_full = partial(transformer.full_attention, scale=SCALE)
@@ -109,25 +118,21 @@ def step_table():
     say(f"\n| {LAYERS} blocks | step, cache 5, s | step, no cache, s | peak, GiB |")
     say("|---|---|---|---|")
     choices = {
-        "Triton": (
-            fast.CompiledTransformer,
-            fast.CompiledSharedTransformer,
-            fast.tuned_window,
-        ),
-        "flash-attn-4": (fast.FlashTransformer, fast.FlashSharedTransformer, fast.flash_window),
+        "Triton": (full_attention, attention.tuned_window),
+        "flash-attn-4": (attention.flash_full_attention, attention.flash_window),
     }
-    for name, (alone, shared, window_attention) in choices.items():
+    for name, (full, window_attention) in choices.items():
         try:
-            fast.try_window(window_attention, torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+            attention.try_window(window_attention, torch.device("cuda"), torch.bfloat16, HEAD_DIM)
         except Exception as error:  # not installed, or not for this GPU
             say(f"without {name}: {type(error).__name__}: {str(error)[:99]}")
             continue
         one = None
         if dist.get_rank() == 0:
-            one = measure_step(alone, window_attention, together=False)
+            one = measure_step(full, window_attention, together=False)
             say(f"| one process, {name} | {one.cached:.2f} | {one.uncached:.2f} | {one.peak:.1f} |")
         dist.barrier()
-        several = measure_step(shared, window_attention, together=True)
+        several = measure_step(full, window_attention, together=True)
         if one is not None:
             say(
                 f"| {dist.get_world_size()} processes, {name} | "
@@ -139,7 +144,7 @@ def step_table():
 
 
 def exchange_table():
-    """One trade of queries from tokens to heads; a self-attention has four."""
+    """One all-to-all of queries from tokens to heads; a self-attention has four."""
     say("\n| exchange of one tensor | bytes sent by each | ms | GB/s |\n|---|---|---|---|")
     ranks = dist.get_world_size()
     num_tokens = math.prod(HD)
@@ -148,11 +153,11 @@ def exchange_table():
     times = 10
     num_tokens = num_tokens // ranks * ranks
 
-    def trade_often():
+    def exchange_often():
         for _ in range(times):
-            parallel.trade(query, 1, 2, num_tokens)
+            sequence_parallel.all_to_all(query, 1, 2, num_tokens)
 
-    seconds, _ = clock(trade_often, together=True)
+    seconds, _ = clock(exchange_often, together=True)
     seconds = seconds / times
     sent = query.numel() * query.element_size() * (ranks - 1) // ranks
     say(
@@ -166,11 +171,12 @@ def vae_table():
     video = torch.rand(1, 3, 17, 1088, 1920, device="cuda") * 2 - 1
     latents = torch.randn(1, 16, 5, 136, 240, device="cuda")
     config = json.loads((PUBLISHED / "vae" / "config.json").read_text(encoding="utf-8"))
-    for vae_class, together in ((fast.FastVAE, False), (fast.FastSharedVAE, True)):
+    for together in (False, True):
         if together or dist.get_rank() == 0:
             torch.manual_seed(0)
             with torch.device("cuda"):
-                vae = vae_class(config).eval().requires_grad_(False)
+                share = sequence_parallel.SharedTiles() if together else None
+                vae = compiled.FastVAE(config, share=share).eval().requires_grad_(False)
             vae.use_channels_last()
             encode, _ = clock(partial(vae.encode, video), together)
             decode, peak = clock(partial(vae.decode, latents), together)

@@ -23,7 +23,6 @@ import sys
 import time
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +31,7 @@ TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 from oracle import relative
+from parity import plan_for
 
 from freeswim import (
     attention_scale,
@@ -40,18 +40,16 @@ from freeswim import (
     predict_cached,
     predict_dual,
 )
-from model import WanTransformer, WanVAE, checkpoint_name, full_attention
-from support.fast import (
-    CompiledTransformer,
-    FastVAE,
-    FlashTransformer,
+from model import Block, WanTransformer, WanVAE, checkpoint_name, full_attention
+from support.attention import (
+    choose_full_attention,
     flash_full_attention,
     flash_window,
-    try_full_attention,
     try_window,
     tuned_window,
 )
-from support.memory import VAE_WEIGHTS, CacheOnCPU, memory_needed, stream_blocks
+from support.compiled import CompiledBlock, FastVAE
+from support.offload import VAE_WEIGHTS, CacheOnCPU, StreamedWeights, memory_needed
 
 PUBLISHED = TESTS / "wan2.1-t2v-1.3b"
 HD = (21, 68, 120)  # (T, H, W) in tokens
@@ -148,11 +146,9 @@ def full_attentions():
     found = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         found[backend.name] = sdpa_kernel([backend])(full_attention)
-    try:
-        try_full_attention(torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+    chosen = choose_full_attention(torch.device("cuda"), torch.bfloat16, HEAD_DIM)
+    if chosen is flash_full_attention:
         found["flash-attn-4"] = flash_full_attention
-    except Exception as error:  # not installed, or not for this GPU
-        print(f"without flash-attn-4: {type(error).__name__}: {str(error)[:80]}")
     return found
 
 
@@ -190,19 +186,32 @@ def attention_table():
             print(f"{prepare.__name__} prepared for {grid}: {preparing:.1f} s, peak {peak:.1f} GiB")
 
 
-def random_transformer(cls, layers, dtype=torch.bfloat16, device="cuda", **changes):
+def random_transformer(
+    block, layers, dtype=torch.bfloat16, changes=None, cls=WanTransformer, **parts
+):
+    """A transformer of such blocks on the GPU. `changes` are of its config, `parts` the
+    constructor's."""
     config = json.loads((PUBLISHED / "transformer" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     with torch.device("meta"):
-        transformer = cls(config | changes | {"num_layers": layers}).eval().requires_grad_(False)
-    state = {
-        name: torch.randn(x.shape, device="cuda")
-        .mul_(0.02)
-        .add_(x.ndim == 1)
-        .to(device, torch.float32 if any(part in name for part in cls.FLOAT32) else dtype)
-        for name, x in transformer.state_dict().items()
-    }
+        config = config | (changes or {}) | {"num_layers": layers}
+        transformer = cls(config, block=block, **parts).eval().requires_grad_(False)
+    state = {}
+    for name, like in transformer.state_dict().items():
+        tensor = 0.02 * torch.randn(like.shape, device="cuda")
+        if like.ndim == 1:
+            tensor = tensor + 1
+        stays = any(part in name for part in transformer.FLOAT32)
+        state[name] = tensor if stays else tensor.to(dtype)
     transformer.load_state_dict(state, assign=True)
+    return transformer
+
+
+def streamed_transformer(layers, changes=None):
+    """A compiled one whose blocks' weights are in CPU memory."""
+    prefetch = StreamedWeights(torch.device("cuda"))
+    transformer = random_transformer(CompiledBlock, layers, changes=changes, prefetch=prefetch)
+    transformer.blocks.to("cpu")
     return transformer
 
 
@@ -267,14 +276,18 @@ STEPS = (
 def step_table():
     table("one pass, 1080p, three blocks")
     found = windows(HD)
-    choices = [(WanTransformer, "Triton"), (CompiledTransformer, "Triton")]
+    choices = [  # block, window attention, full attention
+        (Block, "Triton", full_attention),
+        (CompiledBlock, "Triton", full_attention),
+    ]
     if "flash-attn-4" in found:
-        choices.append((CompiledTransformer, "flash-attn-4"))
-        choices.append((FlashTransformer, "flash-attn-4"))
+        choices.append((CompiledBlock, "flash-attn-4", full_attention))
+        choices.append((CompiledBlock, "flash-attn-4", flash_full_attention))
     rows = []
-    for cls, window in choices:
-        transformer = random_transformer(cls, 3)
-        rows.append(passes(transformer, HD, found[window], f"{cls.__name__}, {window}"))
+    for block, window, full in choices:
+        transformer = random_transformer(block, 3, attention=full)
+        name = f"{block.__name__}, {window}, {full.__name__}"
+        rows.append(passes(transformer, HD, found[window], name))
     print(STEPS, *rows, sep="\n", flush=True)
     rounding_table()
 
@@ -285,19 +298,19 @@ def rounding_table():
     latents = latents[:, :, :3]
     grid = (3, *HD[1:])
     with torch.backends.cudnn.flags(allow_tf32=False):
-        exact_transformer = random_transformer(WanTransformer, 2, torch.float32)
+        exact_transformer = random_transformer(Block, 2, torch.float32)
         attends = (flex_window(grid, WINDOW, SCALE), FULL)
         exact = predict_dual(exact_transformer, latents, *rest, *attends)
         print("\n| two blocks in bfloat16 | from float32 |\n|---|---|")
-        for cls in (WanTransformer, CompiledTransformer):
+        for block in (Block, CompiledBlock):
             for name, window in windows(grid).items():
-                transformer = random_transformer(cls, 2)
+                transformer = random_transformer(block, 2)
                 velocity = predict_dual(transformer, latents, *rest, window, FULL)
-                print(f"| {cls.__name__}, {name} | {relative(velocity, exact):.3e} |", flush=True)
+                print(f"| {block.__name__}, {name} | {relative(velocity, exact):.3e} |", flush=True)
 
 
 def estimate_table(layers=4):
-    """What support/memory.py expects beside the peak that a pass takes."""
+    """What support/offload.py expects beside the peak that a pass takes."""
     print(
         f"\n| {layers} blocks | cache | weights | peak, GiB | expected | ratio |\n"
         "|---|---|---|---|---|---|",
@@ -307,11 +320,11 @@ def estimate_table(layers=4):
     for name, grid, changes in cases:
         for cache_on_cpu, stream in ((False, False), (True, False), (True, True)):
             torch.cuda.empty_cache()
-            device = "cpu" if stream else "cuda"
-            transformer = random_transformer(CompiledTransformer, layers, device=device, **changes)
-            expected = expected_memory(transformer, grid, cache_on_cpu, stream)
             if stream:
-                stream_blocks(transformer, torch.device("cuda"))
+                transformer = streamed_transformer(layers, changes)
+            else:
+                transformer = random_transformer(CompiledBlock, layers, changes=changes)
+            expected = expected_memory(transformer, grid, cache_on_cpu, stream)
             peak = refinement_peak(transformer, grid, cache_on_cpu)
             del transformer
             height, width = 16 * grid[1], 16 * grid[2]
@@ -324,14 +337,7 @@ def estimate_table(layers=4):
 
 
 def expected_memory(transformer, grid, cache_on_cpu, stream):
-    plan = SimpleNamespace(
-        computed=(16 * grid[1], 16 * grid[2]),
-        frames=81,
-        dtype="bfloat16",
-        cache_interval=5,
-        shard_weights=False,
-    )
-    needed = memory_needed(plan, transformer)
+    needed = memory_needed(plan_for(transformer, grid))
     return needed.on_gpu(cache_on_cpu, stream) - VAE_WEIGHTS  # no VAE is loaded here
 
 
@@ -353,7 +359,7 @@ def refinement_peak(transformer, grid, cache_on_cpu):
 def memory_table():
     table(f"one pass, 1080p, all {LAYERS} blocks, compiled")
     given, window = inputs(HD), list(windows(HD).values())[-1]
-    transformer = random_transformer(CompiledTransformer, LAYERS)
+    transformer = random_transformer(CompiledBlock, LAYERS)
     dual = partial(predict_dual, transformer, *given, window, FULL)
     report("without cache: both paths", dual, 1)
     for name, kept in (("the GPU", {}), ("the CPU", CacheOnCPU("cuda"))):
@@ -361,17 +367,19 @@ def memory_table():
         cached = partial(predict_cached, transformer, *given, window, kept)
         report(f"cache on {name}: window, cached", cached)
         del cached, kept
-    stream_blocks(transformer.to("cpu"), torch.device("cuda"))
+    del transformer, dual
+    transformer = streamed_transformer(LAYERS)
     report("weights on the CPU: window, own text", partial(transformer, *given, window))
 
 
 def memory_14b_table():
     table("one pass, 1080p, 4 of the 14B's 40 blocks, compiled")
     given, window = inputs(HD), list(windows(HD).values())[-1]
-    for name, device in (("resident", "cuda"), ("on the CPU", "cpu")):
-        transformer = random_transformer(CompiledTransformer, 4, device=device, **B14)
-        if device == "cpu":
-            stream_blocks(transformer, torch.device("cuda"))
+    for name in ("resident", "on the CPU"):
+        if name == "resident":
+            transformer = random_transformer(CompiledBlock, 4, changes=B14)
+        else:
+            transformer = streamed_transformer(4, B14)
         dual = partial(predict_dual, transformer, *given, window, FULL)
         report(f"weights {name}: both paths", dual, 1)
         own = partial(transformer, *given, window)
@@ -420,8 +428,8 @@ def uhd_table():
         errors[f"windows by {name}"] = f"{relative(attended[0, :, sample], exact):.1e}"
     del parts, attended
 
-    best_class = FlashTransformer if "flash-attn-4" in found else CompiledTransformer
-    transformer = random_transformer(best_class, 1)
+    full = flash_full_attention if "flash-attn-4" in found else full_attention
+    transformer = random_transformer(CompiledBlock, 1, attention=full)
     block = transformer.blocks[0]
     tokens = torch.randn(1, math.prod(UHD), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     modulation = torch.randn(1, 6, HEADS * HEAD_DIM, device="cuda")
@@ -443,21 +451,17 @@ def vae_table():
     with torch.device("cuda"):
         plain = WanVAE(config).eval().requires_grad_(False)
         video = torch.rand(1, 3, 17, 1088, 1920) * 2 - 1
-    fast_vae = like_vae(FastVAE, config, plain)
-    half_vae = like_vae(FastVAE, config, plain)
-    half_vae.in_float16 = like_vae(FastVAE, config, plain).to(torch.float16)
     with torch.backends.cudnn.flags(allow_tf32=False):
         latents = plain.encode(video)
         decoded = plain.decode(latents)
     off = {}
-    for name, vae, tiles_at_once in (
-        ("plain, TF32", plain, 1),
-        ("fast, TF32, a tile at a time", fast_vae, 1),
-        ("fast, TF32, four at a time", fast_vae, 4),
-        ("fast, float16, a tile at a time", half_vae, 1),
-        ("fast, float16, four at a time", half_vae, 4),
+    for name, vae in (
+        ("plain, TF32", plain),
+        ("fast, TF32, a tile at a time", like_vae(config, plain)),
+        ("fast, TF32, four at a time", like_vae(config, plain, tiles_at_once=4)),
+        ("fast, float16, a tile at a time", in_float16(like_vae(config, plain))),
+        ("fast, float16, four at a time", in_float16(like_vae(config, plain, tiles_at_once=4))),
     ):
-        vae.TILES_AT_ONCE = tiles_at_once
         _, ours = report(f"encode: {name}", partial(vae.encode, video), 1)
         _, pixels = report(f"decode: {name}", partial(vae.decode, latents), 1)
         off[name] = f"{relative(ours, latents):.1e}, {relative(pixels, decoded):.1e}"
@@ -465,13 +469,17 @@ def vae_table():
     diffusers_rows(config, plain, video, latents)
 
 
-def like_vae(cls, config, plain):
-    """A VAE of another class with the same weights, in the layout that it wants."""
+def like_vae(config, plain, **parts):
+    """A fast VAE with the same weights."""
     with torch.device("cuda"):
-        vae = cls(config).eval().requires_grad_(False)
+        vae = FastVAE(config, **parts).eval().requires_grad_(False)
     vae.load_state_dict(plain.state_dict())
-    if isinstance(vae, FastVAE):
-        vae.use_channels_last()
+    vae.use_channels_last()
+    return vae
+
+
+def in_float16(vae):
+    vae.use_float16()
     return vae
 
 

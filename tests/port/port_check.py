@@ -45,7 +45,7 @@ PLACES = {  # what names begin with: where our code computes it
     r"vae\.decode\.upsample": "model.py: Upsample",
     r"vae\.decode\.": "model.py: WanVAE.decode_chunk, CausalConv3d, Upsample",
     r"vae\.tiled\.": "model.py: tiles_along_axis, blending_weight",
-    r"mask": "freeswim.py: inward_mask",
+    r"mask": "freeswim.py: window_mask",
     r"dit\.patches": "model.py: WanTransformer.embed; tokens stand in (h, w, t) order",
     r"dit\.(time|modulation|text)": "model.py: WanTransformer.embed",
     r"dit\.rotary": "model.py: rotary_table",
@@ -54,8 +54,8 @@ PLACES = {  # what names begin with: where our code computes it
     r"dit\.block0\.(full\.)?(query|key)\.norm": (
         "model.py: Attention.forward; the norms span all heads"
     ),
-    r"dit\.block0\.(full\.)?(query|key)\.rotated": "model.py: rotate",
-    r"dit\.block0\.attended": "freeswim.py: inward_mask, dense_window, attention_scale",
+    r"dit\.block0\.(full\.)?(query|key)\.rotated": "model.py: apply_rotary",
+    r"dit\.block0\.attended": "freeswim.py: window_mask, dense_window, attention_scale",
     r"dit\.block0\.full\.attended": "model.py: full_attention; freeswim.py: attention_scale",
     r"dit\.block0\.(full\.)?self_attention": "model.py: Block.self_attention",
     r"dit\.block0\.cross": (
@@ -63,7 +63,7 @@ PLACES = {  # what names begin with: where our code computes it
     ),
     r"dit\.block0\.ffn": "model.py: Block.feed_forward_chunk",
     r"dit\.block\d+\.(full|window)_tokens": "freeswim.py: predict_dual; model.py: Block",
-    r"dit\.unpatchify": "model.py: WanTransformer.to_patches",
+    r"dit\.unpatchify": "model.py: WanTransformer.final_layer",
     r"dit\.velocity": "model.py: WanTransformer.unembed",
     r"dual_full": "model.py: WanTransformer.forward",
     r"(dual|guide)_window": "freeswim.py: predict_dual",

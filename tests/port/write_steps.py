@@ -179,7 +179,7 @@ def transformer_steps(notes, case):
     net = case.transformer
     given = case.expected
     latents, timestep, text = given["latents"], given["timestep"], given["text"]
-    tokens, time_emb, modulation, context, rotary = net.embed(latents, timestep, text)
+    tokens, time_emb, modulation, context, rotary, _ = net.embed(latents, timestep, text)
     notes.add("dit.patches", tokens[0])
     notes.add("dit.time", time_emb[0])
     notes.add("dit.modulation", modulation[0])

@@ -1,5 +1,5 @@
 """More than a GPU holds: the cross-attention cache and weights in CPU memory, copied while the GPU
-computes.
+computes, and what of it a run will need.
 
 Copies run in a stream of their own, from pinned memory, so they and the computation need not wait
 for each other. On a CPU, streams do nothing, and the same code copies at once.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from freeswim import HEADS_AT_A_TIME
-from support.command_line import world_size
-from support.parallel import say
+from model import WanTransformer, build, find_weights, read_weights
+from support.processes import are_several, say, world_size
 
 
 def pin(tensor):
@@ -22,7 +22,7 @@ def pin(tensor):
 
 class Copies:
     """Copies in a stream beside the computation's. `start` has them begin once all that is queued
-    there is done; `wait` has what is queued there from now on wait for them."""
+    there is done; after `wait`, later work there waits for the copies."""
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -93,41 +93,59 @@ class CacheOnCPU:
         self.moving = outputs
 
 
-class StreamedBlocks:
-    """A transformer's blocks with their weights in CPU memory. Two are on the GPU: the one that
-    runs, and the next."""
+# --------------------------------------------------------------------------------------------------
+# Weights
 
-    def __init__(self, blocks, device):
-        self.blocks = blocks
-        self.slots = []
-        for _ in range(2):
-            self.slots.append(copy.deepcopy(blocks[0]).to(device))
-        for parameter in blocks.parameters():
-            parameter.data = pin(parameter.data)
+
+class StreamedWeights:
+    """The `prefetch` of a transformer whose blocks have their weights in CPU memory. Two blocks are
+    on the GPU: the one that runs, and the next."""
+
+    def __init__(self, device):
+        self.device = device
         self.copies = Copies(device)
+        self.slots = []
 
-    def __len__(self):
-        return len(self.blocks)
-
-    def __iter__(self):
-        self.send(0)
-        for index in range(len(self)):
+    def __call__(self, blocks):
+        if not self.slots:
+            self.prepare(blocks)
+        self.send(blocks, 0)
+        for index in range(len(blocks)):
             self.copies.wait()
-            if index + 1 < len(self):
-                self.send(index + 1)  # to the slot of the block before, whose work is all queued
+            if index + 1 < len(blocks):
+                # To the slot of the block before, whose work is all queued.
+                self.send(blocks, index + 1)
             yield self.slots[index % 2]
 
-    def send(self, index):
+    def prepare(self, blocks):
+        for parameter in blocks.parameters():
+            parameter.data = pin(parameter.data)
+        for _ in range(2):
+            self.slots.append(copy.deepcopy(blocks[0]).to(self.device))
+
+    def send(self, blocks, index):
         slot = self.slots[index % 2]
-        self.copies.start(slot.parameters(), self.blocks[index].parameters())
+        self.copies.start(slot.parameters(), blocks[index].parameters())
 
 
-def stream_blocks(transformer, device):
-    """Leave the weights of a transformer's blocks in CPU memory, where it was loaded, and have them
-    streamed to `device`."""
-    blocks = transformer.blocks
-    del transformer.blocks
-    transformer.to(device).blocks = StreamedBlocks(blocks, device)
+def load_streamed(folder, device, dtype, adjust=None, **parts):
+    """A transformer whose blocks' weights stay in CPU memory, and are streamed to the device.
+    `parts` are the constructor's."""
+    prefetch = StreamedWeights(device)
+    transformer = build(WanTransformer, folder, prefetch=prefetch, **parts)
+    of_blocks = {}
+    rest = {}
+    for name, source in find_weights(transformer, folder).items():
+        if name.startswith("blocks."):
+            of_blocks[name] = source
+        else:
+            rest[name] = source
+    read_weights(transformer, of_blocks, "cpu", dtype, adjust=adjust)
+    return read_weights(transformer, rest, device, dtype, adjust=adjust)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run will need
 
 
 @dataclass(frozen=True)
@@ -143,19 +161,20 @@ class Placement:
         return self.cache_on_cpu or self.stream_weights
 
 
-def plan_memory(plan, transformer, device):
+def plan_memory(plan, device):
     """The Placement of a run: what the user has said, else what fits into the GPU's free memory. A
     line says so, and another one if that may not fit either."""
     if device.type == "cpu":
         return Placement(cache_on_cpu=False, stream_weights=False)
+    options = plan.options
     free, _ = torch.cuda.mem_get_info(device)
-    needed = memory_needed(plan, transformer)
-    cache_on_cpu = plan.features == "cpu"
-    if plan.features is None:
+    needed = memory_needed(plan)
+    cache_on_cpu = options.cache_device == "cpu"
+    if options.cache_device is None:
         cache_on_cpu = needed.on_gpu() > free
-    stream_weights = plan.offload
+    stream_weights = options.offload
     if stream_weights is None:
-        stream_weights = world_size() == 1 and needed.on_gpu(cache_on_cpu) > free
+        stream_weights = not are_several() and needed.on_gpu(cache_on_cpu) > free
     say(
         f"cache on the {'CPU' if cache_on_cpu else 'GPU'}, "
         f"weights on the {'CPU' if stream_weights else 'GPU'}: all on the GPU would take about "
@@ -177,9 +196,9 @@ def relief(placement, device):
     if device.type == "cpu":
         return f"free some, or begin with {smaller}"
     if not placement.cache_on_cpu:
-        return f"go on with --features cpu, or begin with {smaller}"
+        return f"go on with --cache-device cpu, or begin with {smaller}"
     if not placement.stream_weights:
-        if world_size() > 1:
+        if are_several():
             return f"go on with --shard-weights, or begin with {smaller}"
         return f"go on with --offload, or begin with {smaller}"
     return f"begin with {smaller}"
@@ -198,8 +217,10 @@ class Needed:
 
     def on_gpu(self, cache_on_cpu=False, stream_weights=False):
         cache = self.cache_of_block if cache_on_cpu else self.cache
-        weights = 2 * self.block if stream_weights else self.blocks
-        return weights + self.other_weights + self.working + cache
+        return self.weights(stream_weights) + self.working + cache
+
+    def weights(self, stream_weights=False):
+        return (2 * self.block if stream_weights else self.blocks) + self.other_weights
 
 
 # What `working_tensors` adds up, fitted to peaks that tests/bench measured: speed.py estimate and
@@ -215,24 +236,27 @@ def working_tensors(heads):
     heads_of_process = math.ceil(heads / world_size())
     at_a_time = min(HEADS_AT_A_TIME, heads_of_process) / heads_of_process
     count = BLOCK_TENSORS + ATTENTION_TENSORS * at_a_time
-    if world_size() > 1:
+    if are_several():
         count += EXCHANGED_TENSORS
     return count
 
 
-def memory_needed(plan, transformer):
+def memory_needed(plan):
+    """The Needed of a plan."""
+    options = plan.options
+    transformer = plan.parts.transformer
     height, width = plan.computed
-    itemsize = getattr(torch, plan.dtype).itemsize
-    dim = transformer.heads * transformer.head_dim
-    num_tokens = (plan.frames // 4 + 1) * (height // 16) * (width // 16)
-    tokens = num_tokens * dim * itemsize / world_size()  # bytes
+    token_size = plan.parts.token_size
+    itemsize = getattr(torch, options.dtype).itemsize
+    num_tokens = plan.latent_frames * (height // token_size) * (width // token_size)
+    tokens = num_tokens * transformer.dim * itemsize / world_size()  # bytes
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     of_block = sum(parameter.numel() for parameter in transformer.blocks[0].parameters())
     count = len(transformer.blocks)
     blocks = count * of_block
-    if plan.shard_weights:
+    if options.shard_weights:
         blocks = blocks / world_size() + 2 * of_block  # its share, and the two that are in use
-    cache_of_block = 0 if plan.cache_interval is None else tokens
+    cache_of_block = 0 if options.cache_interval is None else tokens
     return Needed(
         blocks=blocks * itemsize,
         block=of_block * itemsize,
@@ -241,3 +265,25 @@ def memory_needed(plan, transformer):
         cache=count * cache_of_block,
         cache_of_block=cache_of_block,
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# How the VAE divides frames
+
+VAE_TILES = {  # sizes in latents
+    "whole": {},
+    "64": {"tile": 64, "stride": 56},
+    "32 by 4": {"tile": 32, "stride": 24, "tiles_at_once": 4},
+    "32": {"tile": 32, "stride": 24},
+}
+WHOLE_ON_CPU = 512 * 512  # pixels; larger frames would take much memory
+
+
+def choose_vae_tiles(plan, device, placement):
+    """How the VAE of a run divides frames, as a key of VAE_TILES."""
+    height, width = plan.target
+    if device.type == "cpu":
+        return "whole" if height * width <= WHOLE_ON_CPU else "32"
+    if height * width <= WHOLE_ON_CPU:
+        return "whole"
+    return "32" if placement.is_tight else "32 by 4"
