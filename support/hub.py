@@ -108,12 +108,12 @@ def check_layout(name, folder):
 
 def check_hub_id(name):
     """Raise UserError for what cannot be a model on the hub, before the network is asked."""
+    if name.lower().endswith((".safetensors", ".gguf", ".pth", ".bin", ".ckpt")):
+        raise UserError(f"--model {name}: no such file; {what_to_give(Path(name))}")
     repository, _, revision = name.partition("@")
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository)
     if not is_id or ("@" in name and not re.fullmatch(r"[\w./-]+", revision)):
         raise UserError(f"--model {name}: no such folder, and no hub id like {EXAMPLE}")
-    if name.lower().endswith((".safetensors", ".gguf", ".pth", ".bin", ".ckpt")):
-        raise UserError(f"--model {name}: no such file; {what_to_give(Path(name))}")
     if repository.startswith("Wan-AI/") and not repository.endswith("-Diffusers"):
         raise UserError(
             f"--model {name}: is in the layout of Wan's own code; use {repository}-Diffusers"

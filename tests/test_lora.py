@@ -374,6 +374,203 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Files as public trainers write them
+
+
+def changed_names(form, pairs):
+    """The same LoRA with the names of a trainer."""
+    plain = {}
+    for ours, (up, down) in pairs.items():
+        wan = wan_name(ours).removesuffix(".weight")
+        diffusers = diffusers_name(ours).removesuffix(".weight")
+        start, down_ending, up_ending = {
+            "two prefixes": ("base_model.model.diffusion_model." + wan, "lora_A", "lora_B"),
+            "DiffSynth": ("pipe.dit." + wan, "lora_A.default", "lora_B.default"),
+            "a named adapter": ("transformer." + diffusers, "lora_A.my_style", "lora_B.my_style"),
+            "VideoX-Fun": ("lora_unet__" + wan.replace(".", "_"), "lora_down", "lora_up"),
+            "kohya of Diffusers": (
+                "lora_unet_" + diffusers.replace(".", "_"),
+                "lora_down",
+                "lora_up",
+            ),
+        }[form]
+        plain[f"{start}.{down_ending}.weight"] = down
+        plain[f"{start}.{up_ending}.weight"] = up
+        plain[f"{start}.alpha"] = torch.tensor(2, dtype=torch.int64)  # whole numbers too
+    return plain
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["two prefixes", "DiffSynth", "a named adapter", "VideoX-Fun", "kohya of Diffusers"],
+)
+def test_names_of_public_trainers(tmp_path, form):
+    pairs = draw_pairs()
+    file = file_of(tmp_path, changed_names(form, pairs))
+    check(merged(lora.Lora("--lora", file, 0.7)), pairs, 0.7 * 2 / RANK)
+
+
+@pytest.mark.parametrize(
+    "metadata, scale",
+    [
+        ({"lora_alpha": "6"}, 6 / RANK),
+        ({"alpha": "6", "rank": str(RANK)}, 6 / RANK),
+        ({"alpha": "6"}, 1),  # of what rank, it does not say
+        ({"something": "else"}, 1),
+    ],
+)
+def test_alpha_in_a_files_own_header(tmp_path, metadata, scale):
+    pairs = draw_pairs()
+    file = file_of(tmp_path, entries_of("Wan", pairs), metadata)
+    check(merged(lora.Lora("--lora", file, 1.0)), pairs, scale)
+
+
+# PEFT's settings: LoraConfig's arguments. Patterns are for names of Diffusers' modules.
+PEFT_SETTINGS = {
+    "alpha": {"r": 4, "lora_alpha": 16},
+    "rsLoRA": {"r": 4, "lora_alpha": 16, "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 16,
+        "rank_pattern": {"attn1.to_q": 2, "blocks.1.attn1.to_k": 8},
+        "alpha_pattern": {"attn1.to_q": 32, "^blocks.0.attn2.to_v": 2},
+    },
+    "patterns and rsLoRA": {
+        "r": 4,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "rank_pattern": {"to_q": 2},
+        "alpha_pattern": {"to_k": 32},
+    },
+    "bias": {"r": 4, "lora_alpha": 16, "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("name", PEFT_SETTINGS)
+def test_what_peft_saves_is_merged_as_peft_merges_it(tmp_path, name, form):
+    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
+    base = diffusers.WanTransformer3DModel.from_pretrained(FOLDER)
+    config = peft.LoraConfig(
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        init_lora_weights=False,
+        **PEFT_SETTINGS[name],
+    )
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(base, config)
+    for key, parameter in theirs.named_parameters():
+        if "lora_B" in key and key.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = theirs.merge_and_unload().state_dict()
+
+    given = tmp_path / "adapter"
+    if form == "file":
+        given = given / "adapter_model.safetensors"
+    result = merged(lora.find("--lora", lora.absolute("--lora", str(given))))
+    before = transformer().state_dict()
+    changed = 0
+    for ours, tensor in result.items():
+        assert relative(tensor, expected[diffusers_name(ours)]) <= 1e-6, ours
+        changed += not torch.equal(tensor, before[ours])
+    assert changed >= 8 * 2
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"peft_type": "LOHA"}, "is a LOHA"),
+        ({"use_dora": True}, "use_dora (DoRA)"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"lora_alpha": "x"}, "lora_alpha 'x'"),
+        ({"alpha_pattern": {"(": 2}, "lora_alpha": 2}, "no pattern"),
+    ],
+)
+def test_settings_of_peft_that_are_not_supported(tmp_path, settings, named):
+    pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
+    file = file_of(tmp_path, entries_of("PEFT", pairs), name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        merged(lora.find("--lora", str(file)))
+    assert named in str(caught.value) and str(caught.value).startswith(f"--lora {file}")
+
+
+def test_a_changed_adapter_config_is_another_lora(tmp_path):
+    pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
+    file = file_of(tmp_path, entries_of("PEFT", pairs), name="adapter_model.safetensors")
+    fingerprints = set()
+    for alpha in (1, 2):
+        config = json.dumps({"lora_alpha": alpha})
+        (tmp_path / "adapter_config.json").write_text(config, encoding="utf-8")
+        fingerprints.add(lora.find("--lora", str(file)).fingerprint())
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda up, down: {"lora_up.weight": up[:, :0], "lora_down.weight": down[:0]}, "rank 0"),
+        (
+            lambda up, down: {
+                "lora_up.weight": up.to(torch.float8_e4m3fn),
+                "lora_down.weight": down.to(torch.float8_e4m3fn),
+            },
+            "float8",
+        ),
+    ],
+)
+def test_matrices_that_cannot_be_merged(tmp_path, change, named):
+    up, down = draw_pairs(["blocks.0.self_attn.to_q.weight"])["blocks.0.self_attn.to_q.weight"]
+    file = file_of(tmp_path, {f"{Q}.{end}": x for end, x in change(up, down).items()})
+    with pytest.raises(UserError, match=named):
+        merged(lora.Lora("--lora", file, 1.0))
+
+
+@pytest.mark.parametrize("part", ["lora_up.weight", "lora_down.weight", "alpha"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_the_loras(tmp_path, part, value):
+    pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
+    entries = entries_of("Wan in ComfyUI", pairs, alpha=1)
+    entries[f"{Q}.{part}"].view(-1)[0] = value
+    file = file_of(tmp_path, entries)
+    with pytest.raises(UserError, match=f"--lora {file}: .*{part} holds numbers"):
+        merged(lora.Lora("--lora", file, 1.0))
+
+
+def test_a_weight_that_overflows_is_the_loras(tmp_path):
+    file = file_of(tmp_path, entries_of("Wan", draw_pairs()))
+    with pytest.raises(UserError, match=f"--lora {file}: changes .* is its weight, 1e\\+39, too"):
+        merged(lora.Lora("--lora", file, 1e39))
+
+
+@pytest.mark.parametrize("metadata", ["[" * 5000, '{"transformer.lora_alpha": [1]}', "3", "{"])
+def test_metadata_that_is_none(tmp_path, metadata):
+    pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
+    file = file_of(tmp_path, entries_of("Wan", pairs), {"lora_adapter_metadata": metadata})
+    with pytest.raises(UserError, match="its metadata"):
+        merged(lora.Lora("--lora", file, 1.0))
+
+
+@pytest.mark.parametrize(
+    "key, named",
+    [
+        ("lora_te1_text_model_q.lora_up.weight", "for the text encoder"),
+        ("text_encoder.block.0.lora_A.weight", "for the text encoder"),
+        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "image layers"),
+        ("diffusion_model.img_emb.proj.1.diff", "image layers"),
+    ],
+)
+def test_keys_of_other_models_are_called_so(tmp_path, key, named):
+    pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
+    file = file_of(tmp_path, entries_of("Wan", pairs) | {key: torch.ones(2, 2)})
+    with pytest.raises(UserError, match=named):
+        merged(lora.Lora("--lora", file, 1.0))
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -414,6 +611,37 @@ def test_the_command(checkpoint, tmp_path, capsys):
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
         run_here("--resume", tmp_path / "with")
+
+
+def test_a_weight_of_many_digits_is_kept(checkpoint, tmp_path):
+    file = lora_for(checkpoint, tmp_path / "lora.safetensors")
+    arguments = ["--model", checkpoint, "--size", "192x128", "--frames", 1, "--device", "cpu"]
+    weight = "0.12345678901234567"
+    run_here(*arguments, "--steps", 2, "--output", tmp_path / "run", "--lora", f"{file}:{weight}")
+    before = latents(tmp_path / "run")
+    (tmp_path / "run" / "state" / "refine.safetensors").unlink()
+    run_here("--resume", tmp_path / "run")
+    assert latents(tmp_path / "run") == before
+    assert record(tmp_path / "run")["settings"]["lora"] == [f"{file}:{float(weight)!r}"]
+
+
+def test_a_lora_that_overflows_ends_the_run(checkpoint, tmp_path):
+    file = lora_for(checkpoint, tmp_path / "lora.safetensors")
+    arguments = ["--model", checkpoint, "--size", "192x128", "--frames", 1, "--device", "cpu"]
+    with pytest.raises(UserError, match='in the stage "base", latents are not finite'):
+        run_here(*arguments, "--output", tmp_path / "run", "--lora", f"{file}:1e36")
+    assert not [*(tmp_path / "run").glob("*.mp4")]
+
+
+def test_notes_on_experts(checkpoint, tmp_path, capsys):
+    folder = write_experts(checkpoint, tmp_path / "model")
+    file = lora_for(checkpoint, tmp_path / "lora.safetensors")
+    few = ["--model", folder, "--size", "192x128", "--frames", 1, "--steps", 2, "--device", "cpu"]
+    run_here(*few, "--lora", file, "--output", tmp_path / "one")
+    assert "the other has none without --lora-2" in capsys.readouterr().err
+    shifts = ["--flow-shift", 1000, "--base-shift", 1000]
+    run_here(*few, "--lora-2", file, *shifts, "--output", tmp_path / "two")
+    assert "--lora-2 has no effect: no step is left" in capsys.readouterr().err
 
 
 def test_a_line_tells_how_distilled_loras_want_to_be_run(checkpoint, tmp_path, capsys):
