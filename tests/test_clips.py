@@ -2,6 +2,7 @@
 in them is known."""
 
 import os
+import pickle
 from fractions import Fraction
 
 import av
@@ -570,3 +571,90 @@ def test_sound_alone_is_no_clip(tmp_path):
         container.mux(stream.encode(None))
     with pytest.raises(UserError, match="has no video"):
         media.read_clip(tmp_path / "sound.mp4", 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Damaged and extreme files
+
+
+@pytest.mark.parametrize(
+    "suffix", ["webp", "ico", "jpg", "png", "gif", "bmp", "tiff", "mp4", "avi"]
+)
+def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, suffix):
+    file = tmp_path / f"a.{suffix}"
+    if suffix in ("mp4", "avi"):
+        write(file, GREYS[:3])
+    else:
+        Image.fromarray(corners()).save(file)
+    whole = file.read_bytes()
+    draw = np.random.default_rng(0)
+    for index in range(40):
+        content = bytearray(whole)
+        if index % 2 == 0:
+            del content[draw.integers(len(content)) :]
+        else:
+            for place in draw.integers(0, len(content), 8):
+                content[place] = draw.integers(256)
+        file.write_bytes(content)
+        try:
+            clip = media.read_clip(file, 3)
+            assert clip.count >= 1
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+
+
+def test_a_title_in_latin_1(tmp_path):
+    file = write(tmp_path / "a.avi", GREYS[:5], options={})
+    content = file.read_bytes()
+    title = b"INAM\x08\0\0\0\xe9t\xe9 1999"
+    entry = b"LIST" + (4 + len(title)).to_bytes(4, "little") + b"INFO" + title
+    place = content.index(b"LIST", content.index(b"hdrl"))
+    size = int.from_bytes(content[4:8], "little") + len(entry)
+    place = content.index(b"movi") - 8
+    changed = content[:4] + size.to_bytes(4, "little") + content[8:place] + entry + content[place:]
+    file.write_bytes(changed)
+    assert media.read_clip(file, 5).count == 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (200, 1), (1, 200)])
+def test_pictures_that_are_too_small(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"is {size[0]}x{size[1]}, too small"):
+        media.read_clip(tmp_path / "a.png", 1)
+
+
+def test_pictures_that_are_too_large(tmp_path):
+    Image.new("1", (20000, 16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="is 20000x16, but sides may have 16384"):
+        media.read_clip(tmp_path / "a.png", 1)
+
+
+def test_a_clips_size_is_judged_by_one_frame(checkpoint, tmp_path, monkeypatch):
+    decoded = []
+    rgb_of = media.rgb_of
+    monkeypatch.setattr(media, "rgb_of", lambda *given: decoded.append(1) or rgb_of(*given))
+    clip = write(tmp_path / "clip.mp4", [grey_frame(9, 600, 900)] * 9)
+    with pytest.raises(UserError, match="is 900x600, larger than the"):
+        planned(checkpoint, tmp_path, clip)
+    assert len(decoded) == 1
+
+
+def test_a_clip_is_not_kept_in_the_plan(checkpoint, tmp_path):
+    clip = write(tmp_path / "clip.mp4", GREYS)
+    assert len(pickle.dumps(planned(checkpoint, tmp_path, clip))) < 10 * 128 * 192
+
+
+@pytest.mark.parametrize("rate", [23.976, 29.97002997002997, Fraction(24000, 1001), 12])
+def test_rates_of_any_kind_are_written(tmp_path, rate):
+    media.write_video(tmp_path / "out.mp4", torch.zeros(1, 3, 5, HEIGHT, WIDTH), rate)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert abs(container.streams.video[0].average_rate / rate - 1) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "video", [torch.zeros(1, 3, 1, 16, 16).byte(), torch.full((1, 3, 1, 16, 16), torch.nan)]
+)
+def test_what_is_no_video_is_not_written(tmp_path, video):
+    with pytest.raises(ValueError, match="finite floating-point"):
+        media.write_video(tmp_path / "out.mp4", video, 16)
+    assert not (tmp_path / "out.mp4").exists()

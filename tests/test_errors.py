@@ -4,10 +4,19 @@ from functools import partial
 
 import pytest
 import torch
-from references import load, refined
+from references import REFERENCE, load, refined
 
-from freeswim import generate, grouped_window, predict_cached, predict_dual, refine, window_start
-from model import clean_prompt, encode_prompt
+from freeswim import (
+    NotFiniteError,
+    StateError,
+    generate,
+    grouped_window,
+    predict_cached,
+    predict_dual,
+    refine,
+    window_start,
+)
+from model import TextEncoder, WanTransformer, WanVAE, clean_prompt, encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +149,76 @@ def test_as_many_generators_as_clips(case):
     draws = [torch.Generator(), torch.Generator()]
     with pytest.raises(ValueError, match="2 generators were given for 1 clips"):
         refined(case, generator=draws)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is easily taken for something else
+
+
+def test_native_size_in_pixels(case):
+    with pytest.raises(ValueError, match="of tokens, not pixels"):
+        refined(case, native=(480, 832))
+
+
+def test_a_state_lacks_something(case):
+    states = []
+    whole = refined(case, save=states.append)
+    state = states[2]
+    for name in ("sigmas", "start", "x0", "x0_before", "latents", "step"):
+        rest = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(StateError, match=f"no {name}"):
+            refined(case, state=rest)
+    assert torch.equal(refined(case, state=state), whole)
+
+
+def test_latents_that_overflow(case):
+    with pytest.raises(NotFiniteError, match="latents are not finite after step 1 of"):
+        refined(case, guidance=1e38)
+    text = case.expected["text"]
+    with pytest.raises(NotFiniteError, match="after step 1 of 2"):
+        generate(case.transformer, text, 2 * text, (1, 16, 1, 4, 4), steps=2, guidance=1e38)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8),
+        torch.full((1, 3, 1, 16, 16), torch.nan),
+        torch.zeros(3, 1, 16, 16),
+        torch.zeros(1, 1, 1, 16, 16),
+    ],
+)
+def test_what_cannot_be_encoded(case, video):
+    with pytest.raises(ValueError, match="video"):
+        case.vae.encode(video)
+
+
+def test_a_vae_in_half_precision_takes_latents_in_float32():
+    vae = WanVAE.from_pretrained(REFERENCE / "wide" / "vae", dtype=torch.bfloat16)
+    assert vae.decode(torch.zeros(1, 16, 1, 2, 2)).dtype == torch.bfloat16
+    assert vae.encode(torch.zeros(1, 3, 1, 16, 16)).dtype == torch.bfloat16
+
+
+def test_a_transformer_that_was_cast(case):
+    cast = WanTransformer.from_pretrained(REFERENCE / "odd" / "transformer").to(torch.bfloat16)
+    given = [case.expected[name] for name in ("latents", "timestep", "text")]
+    with pytest.raises(ValueError, match="have to stay in float32; choose the dtype in"):
+        cast(*given)
+
+
+def test_a_streamed_encoder_cannot_be_moved():
+    encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
+    with pytest.raises(ValueError, match="streamed TextEncoder cannot be moved"):
+        encoder.to("cpu")
+
+
+def test_a_layer_of_the_encoder_is_freed_when_it_fails(monkeypatch):
+    encoder = TextEncoder.from_pretrained(REFERENCE / "umt5")
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(type(encoder.layers[0]), "forward", fail)
+    with pytest.raises(RuntimeError):
+        encoder(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
+    assert all(parameter.is_meta for parameter in encoder.parameters())

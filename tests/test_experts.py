@@ -213,6 +213,31 @@ def test_memory_never_holds_both():
     assert loaded == ["transformer", "transformer_2"] * 3
 
 
+def test_the_swap_does_not_depend_on_the_caller():
+    """Whatever the caller keeps, only one is in memory; and one that fails to load leaves none."""
+    alive = weakref.WeakSet()
+    fails = []
+
+    def load_one(name):
+        if fails:
+            raise RuntimeError("no memory")
+        transformer = WanTransformer.from_pretrained(FOLDERS[name])
+        alive.add(transformer)
+        return transformer
+
+    experts = Experts(load_one, BOUNDARY, like=build(WanTransformer, FOLDERS["transformer"]))
+    experts.select_expert(999)
+    experts.select_expert(100)
+    assert len(alive) == 1
+    fails.append(True)
+    with pytest.raises(RuntimeError):
+        experts.select_expert(999)
+    assert len(alive) == 0
+    fails.clear()
+    experts.select_expert(100)
+    assert len(alive) == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Guidance 1
 

@@ -246,9 +246,7 @@ def test_states_that_do_not_fit_are_refused(copy, name, change, named):
         (lambda t: t.update(step=torch.tensor(77)), "step is none of"),
     ],
 )
-def test_progress_that_cannot_be_taken_up_is_refused(
-    finished, checkpoint, tmp_path, change, named
-):
+def test_progress_that_cannot_be_taken_up_is_refused(finished, checkpoint, tmp_path, change, named):
     output = tmp_path / "run"
     saved = []
     save = run_module.Run.save
