@@ -1,7 +1,9 @@
 """The command as people start it: slow terminals, closed streams, other encodings, links."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +21,9 @@ from huggingface_hub.errors import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from support import UserError, hub, media
+from support import RunError, UserError, hub, media
 from support.processes import set_allocator
+from support.run import explain
 
 TINY_RUN = ["--frames", "1", "--steps", "2", "--size", "192x128", "--device", "cpu"]
 
@@ -304,3 +307,118 @@ def test_text_files_are_opened_as_utf8(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert "EncodingWarning" not in process.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Values of options
+
+
+@pytest.mark.parametrize("option", ["--output", "--model", "--lora", "--base-video", "--resume"])
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300, "a/" + "z" * 256 + "/b"])
+def test_names_that_are_too_long(option, name, capsys):
+    with pytest.raises(SystemExit):
+        parse(option, name, "--prompt", "a fish")
+    printed = capsys.readouterr().err
+    assert f"{option} {name[0]}" in printed and "the name is too long" in printed
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("typed", ["1e99999999", "1e5", "9" * 40, "24/0", "1/" + "9" * 30])
+def test_rates_that_no_video_has(typed, capsys):
+    with pytest.raises(SystemExit):
+        parse("--fps", typed)
+    assert "--fps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "typed, rate",
+    [("29.97002997002997", "30000/1001"), ("23.976", "2997/125"), ("24", 24), ("0.5", "1/2")],
+)
+def test_rates(typed, rate):
+    assert parse("--fps", typed)["fps"] == rate
+
+
+@pytest.mark.parametrize("typed", ["832x480", "832X480", "832*480", "832×480", "0832x480"])
+def test_sizes_as_people_write_them(typed):
+    assert parse("--size", typed)["size"] == "832x480"
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert parse("--output=~/x")["output"] == "/somewhere/x"
+    assert parse("--lora", "~/a.safetensors:0.5")["lora"] == ["/somewhere/a.safetensors:0.5"]
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "-cat"], ["--negative-prompt", "-dog"]])
+def test_a_dash_gets_a_hint(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    assert f"is written {arguments[0]}={arguments[1]}" in capsys.readouterr().err
+    assert parse("=".join(arguments))
+
+
+@pytest.mark.parametrize("typed", [["--features", "cpu"], ["--features=cpu"]])
+def test_an_old_name_gets_the_new_one(typed, capsys):
+    with pytest.raises(SystemExit):
+        parse(*typed)
+    assert "--features is now called --cache-device" in capsys.readouterr().err
+
+
+def test_frames_that_no_encoder_takes(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--size 60000x128: H.264 videos have sides of at most"):
+        run_here("--model", checkpoint, "--size", "60000x128", "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_a_stray_rank_does_not_silence_the_command(environment):
+    status, _, errors = run("--frames", 8, env=environment)
+    assert status == 2
+    assert len(errors) == 1 and "--frames 8" in errors[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_full_pipe_does_not_keep_a_run_from_ending(checkpoint, tmp_path, number):
+    """Nobody reads stderr, and its pipe is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    output = tmp_path / "run"
+    arguments = ["--model", checkpoint, "--output", output, *TINY_RUN, "--steps", "500"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=writer,
+    )
+    try:
+        end = time.time() + 60
+        while not (output / "state" / "text.safetensors").exists():
+            assert time.time() < end and process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)  # by now it waits for its pipe
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+    finally:
+        process.kill()
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_memory_is_full_in_many_words(message):
+    error = explain(RuntimeError(message), "refine", "go on with --offload", "--resume x")
+    assert isinstance(error, RunError)
+    assert 'out of memory in the stage "refine": go on with --offload' in str(error)
+    bug = RuntimeError("shape mismatch")
+    assert explain(bug, "refine", "", "") is bug

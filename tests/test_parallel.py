@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import ROOT, SMALL, latents, run_here
+from command import ROOT, SMALL, latents, parse, run_here
 from oracle import relative
 from safetensors.torch import load_file
+from test_fast import pretend_to_be_one_of
 
-from support import processes
+from support import UserError, processes
+from support.plan import make_plan
 
 SETTINGS = [*SMALL, "--cache-interval", "2"]
 
@@ -191,3 +193,70 @@ def test_two_train_one_model(tmp_path):
     assert statistics[0] == statistics[1]
     clips = [torch.load(folder / "clips-scene-1.pt")[0] for folder in (tmp_path, other)]
     assert not torch.equal(*clips)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several hosts: whoever fails says why, once
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        ("damaged", "vae/model.safetensors is damaged here"),
+        ("different", "its files are not the same on all hosts"),
+    ],
+)
+def test_a_fault_in_another_process_is_said_once(tmp_path, fault, named):
+    script = [ROOT / "tests" / "hosts.py", fault]
+    process = torchrun(3, *script, *SETTINGS, "--output", tmp_path / "run")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert output.count(named) == 1
+    assert not (tmp_path / "run" / "base.mp4").exists()
+
+
+def test_two_hosts_make_one_clip(tmp_path):
+    """Two torchruns, as one on each host."""
+    agents = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        command += ["--nproc-per-node", "1", "--node-rank", str(node)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", "29613"]
+        command += [str(ROOT / "sample.py"), *SETTINGS, "--output", str(tmp_path / "run")]
+        agents.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        )
+    printed = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert "".join(printed).count("freeswim.mp4") == 1
+    run_here(*SETTINGS, "--output", tmp_path / "alone")
+    assert relative(refined(tmp_path / "run"), refined(tmp_path / "alone")) <= 1e-5
+
+
+@pytest.mark.parametrize("count, named", [(1, "has started 2 processes on a host with 1 GPUs")])
+def test_more_processes_than_gpus(monkeypatch, count, named):
+    pretend_to_be_one_of(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError, match=named):
+        processes.device_of("cuda")
+
+
+def test_a_numbered_gpu_under_torchrun_is_refused(monkeypatch, checkpoint, tmp_path):
+    pretend_to_be_one_of(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="--device cuda:1: torchrun gives each process a GPU"):
+        make_plan(parse("--model", checkpoint, "--device", "cuda:1", "--output", tmp_path / "run"))
+
+
+def test_a_stray_rank_means_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert not processes.are_several()
+    assert processes.is_first()
+    assert processes.world_size() == 1
