@@ -504,13 +504,14 @@ class Upsample(nn.Module):
         return per_frame(self.resample, x)
 
     def double_frames(self, x, history):
-        if self in history:
+        if self.time_conv in history:
             return self.frame_pairs(x, history)
-        # The clip's first frame stays one frame. The convolution never sees it: for the frames
-        # after it, the past is zeros.
-        history[self] = True
+        # The clip's first frame stays one frame. For the frames after it, the past is zeros: the
+        # convolution never sees the first frame.
         first = x[:, :, :1]
         rest = x[:, :, 1:]
+        zeros = torch.zeros_like(first)
+        history[self.time_conv] = torch.cat([zeros, zeros], dim=2)  # keeps the layout in memory
         if rest.shape[2] == 0:
             return first
         return torch.cat([first, self.frame_pairs(rest, history)], dim=2)
