@@ -749,6 +749,7 @@ class WanVAE(nn.Module):
         latents; several tiles at once are faster on a GPU, but take memory. `share`, if several
         processes share the tiles, picks those of this one and adds up what all of them made."""
         super().__init__()
+        self.config = config
         self.tile = tile
         self.stride = stride
         self.tiles_at_once = tiles_at_once

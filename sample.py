@@ -18,6 +18,7 @@ purple red right sandy seaweed small spotted striped swims with yellow. Try
 
 import sys
 
+from support import read_ahead
 from support.options import parse_arguments
 from support.processes import fail, handle_signals, protect_streams, set_allocator
 
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     handle_signals()
     ARGUMENTS = parse_arguments(__doc__, sys.argv[1:], fail)
     set_allocator()
+    read_ahead.begin(ARGUMENTS)
 
 import hashlib
 import time
@@ -40,7 +42,7 @@ import torch
 
 import freeswim
 import model
-from support import RunError, UserError, hub, lora, media, offload, processes
+from support import RunError, UserError, embeddings, hub, lora, media, offload, processes
 from support.experts import Experts
 from support.plan import make_plan, needs_negative
 from support.run import Run
@@ -85,6 +87,7 @@ def main(arguments):
 @dataclass
 class Models:
     folder: Path  # where the weights are
+    fingerprints: dict  # of its files, as hub.fingerprints_of_model gives them
     transformer: Any  # or Wan2.2's two, as Experts
     vae: model.WanVAE
     tiled: bool  # whether the VAE works in tiles
@@ -97,7 +100,7 @@ def load_models(plan, run):
     options = plan.options
     folder = processes.once_per_host(partial(hub.download, options.model, weights=True))
     hub.check_weights(options.model, folder)  # all parts are whole, or refused, before one is read
-    check_files(plan, run, folder)
+    fingerprints = check_files(plan, run, folder)
     with run.stage("load"):
         placement = offload.plan_memory(plan, run.device)
         run.advise(offload.relief(placement, run.device))
@@ -110,18 +113,20 @@ def load_models(plan, run):
             transformer = Experts(load, plan.boundary, like=plan.parts.transformer)
         vae, tiled = load_vae(plan, run, folder, placement)
         cache = offload.CacheOnCPU(run.device) if placement.cache_on_cpu else {}
-    return Models(folder, transformer, vae, tiled, kernels.window_attention, cache)
+    window_attention = kernels.window_attention
+    return Models(folder, fingerprints, transformer, vae, tiled, window_attention, cache)
 
 
 def check_files(plan, run, folder):
-    """Raise UserError if the model's files, or a LoRA, are not those that a resumed run began with,
-    or not the same on all hosts."""
+    """The fingerprints of the model's files. Raises UserError if they are not those that a resumed
+    run began with, or not the same on all hosts."""
     fingerprints = hub.fingerprints_of_model(folder)
     processes.check_equal(
         fingerprints,
         f"--model {plan.options.model}: its files are not the same on all hosts; copy them anew",
     )
     run.check_weights(fingerprints)
+    return fingerprints
 
 
 @dataclass
@@ -229,13 +234,24 @@ def prompts_of(plan):
 
 
 def compute_embeddings(plan, models, device):
+    """Those of prompts that were embedded before come from the user's cache folder."""
     folder = models.folder / "text_encoder"
-    encoder = model.TextEncoder.from_pretrained(folder, device, getattr(torch, plan.options.dtype))
     prompts = prompts_of(plan)
-    embeddings = model.encode_prompt(encoder, plan.tokenizer, list(prompts.values())).cpu()
-    if not embeddings.isfinite().all():
-        raise UserError(f"{folder}: gives numbers that are not finite; fetch it again")
-    return dict(zip(prompts, embeddings.split(1), strict=True))
+    texts = list(prompts.values())
+    worth_keeping = embeddings.is_worth_keeping(folder)
+    found = None
+    if worth_keeping:
+        key = embeddings.key_of(models.fingerprints, texts, plan.options)
+        found = embeddings.load(key, plan.preset.text_length)
+    if found is None:
+        dtype = getattr(torch, plan.options.dtype)
+        encoder = model.TextEncoder.from_pretrained(folder, device, dtype)
+        found = model.encode_prompt(encoder, plan.tokenizer, texts).cpu()
+        if not found.isfinite().all():
+            raise UserError(f"{folder}: gives numbers that are not finite; fetch it again")
+        if worth_keeping:
+            embeddings.keep(key, found)
+    return dict(zip(prompts, found.split(1), strict=True))
 
 
 def announce(plan, run):

@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -29,6 +31,7 @@ PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # in Diffusers; they hav
 REVISIONS = {  # the commits that this code was written for
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "0fad780a534b6463e45facd96134c9f345acfa5b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "b8fff7315c768468a5333511427288870b2e9635",
 }
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -193,8 +196,6 @@ def describe(name, folder):
     that is supported, of parts that belong together."""
     index = read_index(folder)
     kind = index.get("_class_name", "WanPipeline")
-    if index.get("expand_timesteps"):
-        kind = "Wan2.2-TI2V"
     if kind not in PIPELINES:
         raise UserError(f"--model {name}: is a {kind!s:.99}; supported are {SUPPORTED}")
     transformer = model.build(model.WanTransformer, folder / "transformer")
@@ -209,6 +210,11 @@ def describe(name, folder):
         raise UserError(
             f"--model {name}: its text encoder is {encoder.shared.embedding_dim} wide, but its "
             f"transformer reads {transformer.config['text_dim']}; they are of different models"
+        )
+    if vae.channels != transformer.channels:
+        raise UserError(
+            f"--model {name}: its VAE has {vae.channels} latent channels, but its transformer "
+            f"{transformer.channels}; they are of different models"
         )
     return Parts(transformer, vae, boundary)
 
@@ -300,10 +306,17 @@ def add_file(digest, file):
     """Add a file's size and content to a digest: all of it, or samples spread over it."""
     size = file.stat().st_size
     digest.update(f"{size}".encode())
+    if size <= WHOLE:
+        digest.update(file.read_bytes())
+        return
+    starts = [size * index // SAMPLES for index in range(SAMPLES)]
+    # A cold disk serves many scattered reads at once, but each of them slowly.
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        for sample in pool.map(partial(read_sample, file), starts):
+            digest.update(sample)
+
+
+def read_sample(file, start):
     with open(file, "rb") as content:
-        if size <= WHOLE:
-            digest.update(content.read())
-            return
-        for index in range(SAMPLES):
-            content.seek(size * index // SAMPLES)
-            digest.update(content.read(SAMPLE_SIZE))
+        content.seek(start)
+        return content.read(SAMPLE_SIZE)

@@ -228,7 +228,6 @@ class Needed:
 BLOCK_TENSORS = 8  # in any case
 ATTENTION_TENSORS = 7  # more, if attention took all heads at a time
 EXCHANGED_TENSORS = 3.5  # more, if there are several processes
-VAE_WEIGHTS = 0.75 * 2**30  # bytes, in float32 and in float16
 
 
 def working_tensors(heads):
@@ -239,6 +238,15 @@ def working_tensors(heads):
     if are_several():
         count += EXCHANGED_TENSORS
     return count
+
+
+SPARE = 2**26  # bytes that libraries take for themselves
+
+
+def vae_weights(plan):
+    """Bytes of the VAE's weights: float32, and float16 beside it if it computes in that."""
+    itemsize = 4 if plan.options.vae_dtype == "float32" else 4 + 2
+    return itemsize * sum(parameter.numel() for parameter in plan.parts.vae.parameters())
 
 
 def memory_needed(plan):
@@ -257,10 +265,11 @@ def memory_needed(plan):
     if options.shard_weights:
         blocks = blocks / world_size() + 2 * of_block  # its share, and the two that are in use
     cache_of_block = 0 if options.cache_interval is None else tokens
+    other_weights = (parameters - count * of_block) * itemsize + vae_weights(plan) + SPARE
     return Needed(
         blocks=blocks * itemsize,
         block=of_block * itemsize,
-        other_weights=(parameters - count * of_block) * itemsize + VAE_WEIGHTS,
+        other_weights=other_weights,
         working=working_tensors(transformer.heads) * tokens,
         cache=count * cache_of_block,
         cache_of_block=cache_of_block,
@@ -273,17 +282,48 @@ def memory_needed(plan):
 VAE_TILES = {  # sizes in latents
     "whole": {},
     "64": {"tile": 64, "stride": 56},
-    "32 by 4": {"tile": 32, "stride": 24, "tiles_at_once": 4},
-    "32": {"tile": 32, "stride": 24},
+    "32": {"tile": 32, "stride": 24},  # Diffusers', and the class's own
 }
 WHOLE_ON_CPU = 512 * 512  # pixels; larger frames would take much memory
+MOST_ELEMENTS = 2**31  # of a tensor, which kernels address with 32 bits
+
+# Fitted to peaks that tests/bench measured: speed.py vae. While a VAE decodes, it holds about as
+# many tensors of its widest stage, over the four frames of a latent.
+VAE_TENSORS = 13
 
 
 def choose_vae_tiles(plan, device, placement):
-    """How the VAE of a run divides frames, as a key of VAE_TILES."""
-    height, width = plan.target
+    """How the VAE of a run divides frames, as a key of VAE_TILES: as little as fits into the GPU's
+    free memory beside the transformer's weights. Whole frames have no seams and are the fastest.
+    Processes that share the tiles need some."""
+    height, width = plan.computed
     if device.type == "cpu":
-        return "whole" if height * width <= WHOLE_ON_CPU else "32"
-    if height * width <= WHOLE_ON_CPU:
+        target_height, target_width = plan.target
+        return "whole" if target_height * target_width <= WHOLE_ON_CPU else "32"
+    free, _ = torch.cuda.mem_get_info(device)
+    left = free - memory_needed(plan).weights(placement.stream_weights)
+    side = VAE_TILES["64"]["tile"] * plan.parts.latent_size
+    addressable = 6 * vae_channels(plan) * height * width < MOST_ELEMENTS
+    if not are_several() and addressable and vae_memory(plan, height * width) <= left:
         return "whole"
-    return "32" if placement.is_tight else "32 by 4"
+    if vae_memory(plan, min(side, height) * min(side, width)) <= left:
+        return "64"
+    return "32"
+
+
+def vae_channels(plan):
+    """Numbers for each pixel in the VAE's widest stage, which is as fine as what it works on:
+    pixels or patches."""
+    config = plan.parts.vae.config
+    return max(config["base_dim"], config["decoder_base_dim"]) / plan.parts.vae.patch**2
+
+
+def vae_memory(plan, pixels):
+    """Bytes that decoding needs beside all weights, with tiles of so many pixels."""
+    height, width = plan.computed
+    frames = plan.options.frames
+    itemsize = getattr(torch, plan.options.vae_dtype).itemsize
+    canvas = 3 * frames * height * width * 4  # the video, float32
+    decoded = 3 * frames * pixels * itemsize  # of a tile
+    working = VAE_TENSORS * 4 * vae_channels(plan) * pixels * itemsize
+    return canvas + decoded + working

@@ -237,19 +237,17 @@ def fingerprint(value):
 def resolve_options(known, preset, clip, target):
     """Every option with its value: the known one, else the preset's, the clip's or the device's."""
     options = SimpleNamespace(**known)
-    if options.guidance is None and options.guidance_2 is None:
-        options.guidance_2 = preset.guidance_2
-    if options.flow_shift is None:
-        options.flow_shift = preset.compare_shift if options.compare else preset.flow_shift
+    if options.compare and options.flow_shift is None:
+        options.flow_shift = preset.compare_shift
     if clip is not None:
         options.frames = clip.count
         if options.fps is None and clip.fps is not None:
             options.fps = written_rate(clip.fps)
-    for name in ("prompt", "negative_prompt", "frames", "fps", "steps", "strength", "guidance"):
-        if getattr(options, name) is None:
+    for name in known:
+        # A guidance that was typed is that of both experts.
+        is_typed = name == "guidance_2" and known["guidance"] is not None
+        if getattr(options, name) is None and hasattr(preset, name) and not is_typed:
             setattr(options, name, getattr(preset, name))
-    if options.base_shift is None:
-        options.base_shift = preset.base_shift
     on_cpu = options.device == "cpu"
     if options.dtype is None:
         options.dtype = "float32" if on_cpu else "bfloat16"
@@ -269,7 +267,7 @@ def check_model(known, parts, preset):
     if preset is None:
         raise UserError(
             f"--model {known['model']}: its transformer is {parts.transformer.dim} wide; supported "
-            f"are {SUPPORTED}, which are 1536 or 5120 wide"
+            f"are {SUPPORTED}, which are 1536, 3072 or 5120 wide"
         )
     for name in ("guidance_2", "lora_2"):
         if known[name] and parts.boundary is None:

@@ -83,8 +83,18 @@ WAN_14B = replace(
 WAN_2_2_14B = replace(
     WAN_14B, title="Wan2.2 A14B", steps=40, guidance=4.0, guidance_2=3.0, base_shift=12.0
 )
-PRESETS = (BUNDLED, WAN_1_3B, WAN_14B, WAN_2_2_14B)
-SUPPORTED = "Wan2.1 text-to-video (1.3B, 14B) and Wan2.2-T2V-A14B"
+WAN_2_2_5B = replace(
+    WAN_1_3B,
+    title="Wan2.2 TI2V 5B",
+    width_of_model=3072,
+    height=704,
+    width=1280,
+    frames=121,
+    fps=24,
+    base_shift=5.0,
+)
+PRESETS = (BUNDLED, WAN_1_3B, WAN_14B, WAN_2_2_5B, WAN_2_2_14B)
+SUPPORTED = "Wan2.1 text-to-video (1.3B, 14B), Wan2.2-T2V-A14B and Wan2.2-TI2V-5B"
 
 
 def find_preset(width_of_model, two_experts):

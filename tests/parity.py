@@ -43,15 +43,22 @@ def empty_transformer(**changes):
         return WanTransformer(config | changes)
 
 
-def plan_for(transformer, grid, **options):
-    """As much of a plan as expected memory depends on: this transformer, a clip of `grid` tokens,
-    and `options`."""
+def empty_vae():
+    """A VAE of the published dimensions, without memory."""
+    file = TESTS / "wan2.1-t2v-1.3b" / "vae" / "config.json"
+    with torch.device("meta"):
+        return WanVAE(json.loads(file.read_text(encoding="utf-8")))
+
+
+def plan_for(transformer, vae, grid, **options):
+    """As much of a plan as expected memory depends on: these models, a clip of `grid` tokens, and
+    `options`."""
     frames, height, width = grid
     defaults = {"cache_device": None, "offload": None, "cache_interval": 5}
-    defaults |= {"dtype": "bfloat16", "shard_weights": False}
+    defaults |= {"dtype": "bfloat16", "vae_dtype": "float16", "shard_weights": False}
     return SimpleNamespace(
         options=SimpleNamespace(**(defaults | options)),
-        parts=SimpleNamespace(transformer=transformer, token_size=16),
+        parts=SimpleNamespace(transformer=transformer, vae=vae, token_size=16),
         computed=(16 * height, 16 * width),
         latent_frames=frames,
     )

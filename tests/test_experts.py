@@ -331,7 +331,6 @@ REFUSED = {
     "no boundary": ({"boundary_ratio": None}, "boundary_ratio is None"),
     "boundary a word": ({"boundary_ratio": "high"}, "boundary_ratio is 'high'"),
     "boundary too high": ({"boundary_ratio": 875}, "boundary_ratio is 875"),
-    "TI2V": ({"expand_timesteps": True}, "is a Wan2.2-TI2V; supported are Wan2.1 text-to-video"),
     "I2V": ({"_class_name": "WanImageToVideoPipeline"}, "supported are .* Wan2.2-T2V-A14B"),
     "S2V": ({"_class_name": "WanSpeechToVideoPipeline"}, "supported are .* Wan2.2-T2V-A14B"),
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from oracle import relative, token_mask, window_attention
-from parity import empty_transformer, plan_for
+from parity import empty_transformer, empty_vae, plan_for
 from references import REFERENCE, load, refined
 
 import freeswim
@@ -260,7 +260,7 @@ def test_streamed_blocks(case):
 
 def plan_of_1080p(**options):
     """81 frames of 1920x1088."""
-    return plan_for(empty_transformer(), (21, 68, 120), **options)
+    return plan_for(empty_transformer(), empty_vae(), (21, 68, 120), **options)
 
 
 @pytest.mark.parametrize(

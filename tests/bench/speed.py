@@ -23,6 +23,7 @@ import sys
 import time
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,9 +50,18 @@ from support.attention import (
     tuned_window,
 )
 from support.compiled import CompiledBlock, FastVAE
-from support.offload import VAE_WEIGHTS, CacheOnCPU, StreamedWeights, memory_needed
+from support.offload import (
+    SPARE,
+    VAE_TILES,
+    CacheOnCPU,
+    StreamedWeights,
+    memory_needed,
+    vae_memory,
+    vae_weights,
+)
 
 PUBLISHED = TESTS / "wan2.1-t2v-1.3b"
+PUBLISHED_5B = TESTS / "wan2.2-ti2v-5b"
 HD = (21, 68, 120)  # (T, H, W) in tokens
 UHD = (21, 135, 240)
 WINDOW = (31, 53)  # (rows, columns) of tokens
@@ -337,8 +347,9 @@ def estimate_table(layers=4):
 
 
 def expected_memory(transformer, grid, cache_on_cpu, stream):
-    needed = memory_needed(plan_for(transformer, grid))
-    return needed.on_gpu(cache_on_cpu, stream) - VAE_WEIGHTS  # no VAE is loaded here
+    no_vae = torch.nn.Module()
+    needed = memory_needed(plan_for(transformer, no_vae, grid))
+    return needed.on_gpu(cache_on_cpu, stream) - SPARE
 
 
 def refinement_peak(transformer, grid, cache_on_cpu):
@@ -467,6 +478,42 @@ def vae_table():
         off[name] = f"{relative(ours, latents):.1e}, {relative(pixels, decoded):.1e}"
     print(f"\noff from float32, encode and decode: {off}", flush=True)
     diffusers_rows(config, plain, video, latents)
+    vae_tiles_table()
+
+
+def vae_tiles_table():
+    """The ways in which the command divides frames, for 81 of them, beside the expected peak."""
+    configs = {
+        "Wan2.1": (PUBLISHED, (1088, 1920), 81),
+        "Wan2.2-TI2V-5B": (PUBLISHED_5B, (1088, 1920), 121),
+    }
+    for name, (folder, size, frames) in configs.items():
+        table(f"VAE of {name}, {frames} frames of {size[1]}x{size[0]}, float16", "expected, GiB")
+        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        video = torch.rand(1, 3, frames, *size) * 2 - 1
+        whole = None
+        for tiles, parts in VAE_TILES.items():
+            torch.manual_seed(0)
+            with torch.device("cuda"):
+                vae = FastVAE(config, **parts).eval().requires_grad_(False)
+            vae.use_channels_last()
+            vae.use_float16()
+            plan = SimpleNamespace(
+                computed=size,
+                options=SimpleNamespace(frames=frames, vae_dtype="float16"),
+                parts=SimpleNamespace(vae=vae),
+            )
+            side = parts.get("tile", 10**6) * vae.spatial_factor
+            pixels = min(side, size[0]) * min(side, size[1])
+            expected = (vae_memory(plan, pixels) + vae_weights(plan)) / 2**30
+            tiled = tiles != "whole"
+            _, latents = report(f"encode, {tiles}", partial(vae.encode, video, tiled), 1)
+            if whole is None:
+                whole = latents
+            decode = partial(vae.decode, whole, tiled)
+            report(f"decode, {tiles}, expected {expected:.1f} GiB", decode, 1)
+            print(f"encoded: {relative(latents, whole):.1e} from whole frames", flush=True)
+            del vae, latents
 
 
 def like_vae(config, plain, **parts):

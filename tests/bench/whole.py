@@ -2,12 +2,17 @@
 
     python tests/bench/whole.py 1.3b 1920x1080 -- --steps 4 --guidance 1
 
-MODEL is 1.3b, 14b or 2.2 (two experts of the 14B, which share one file by a hard link). What comes
-after -- goes to sample.py. The text encoder has one layer and the bundled model's words. Prints a
-table of the stages, with seconds and peak memory. `--free GIB` leaves only so much of the GPU's
-memory to the command, as on a smaller card; with several such numbers it runs once for each, and
-prints the least with which it completed. `--layers N` makes fewer blocks, and `--processes N`
-runs it on N GPUs.
+MODEL is 1.3b, 5b (Wan2.2-TI2V-5B), 14b or 2.2 (two experts of the 14B, which share one file by a
+hard link). Files have the published sizes in float32; `--small` makes a text encoder of one layer,
+and bfloat16. What comes after -- goes to sample.py. Prints a table of the stages, with seconds and
+peak memory, and what is left of the seconds from the shell.
+
+`--runs` says how often, and how: "cold" with files that the system has not in memory and a prompt
+that was not embedded before, "warm" with files in memory, "again" with the prompt of the run
+before. `--free GIB` leaves only so much of the GPU's memory to the command, as on a smaller card;
+with several such numbers it runs once for each, and prints the least with which it completed.
+`--layers N` makes fewer blocks, `--processes N` runs it on N GPUs, and `--command FILE` runs the
+sample.py of another checkout.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,53 +35,84 @@ import model
 from tiny import world
 
 PUBLISHED = TESTS / "wan2.1-t2v-1.3b"
+PUBLISHED_5B = TESTS / "wan2.2-ti2v-5b"
 DIMENSIONS = {
     "1.3b": {},
+    "5b": {},
     "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
 }
-TEXT = {"num_layers": 1, "d_ff": 1024, "num_heads": 8}
+SMALL_TEXT = {"num_layers": 1, "d_ff": 1024, "num_heads": 8}
+SHARD = 5 * 2**30  # bytes
 
 
-def write_part(cls, config, folder):
-    """Random weights of a part in bfloat16, made on the GPU."""
+def write_part(cls, config, folder, dtype):
+    """Random weights of a part, made on the GPU, in files of up to SHARD bytes with an index."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+    model_without_weights = model.build(cls, folder)
     torch.manual_seed(0)
+    weight_map = {}
     state = {}
-    for name, shape in shapes.items():
-        tensor = 0.02 * torch.randn(shape, device="cuda")
-        if len(shape) == 1 or "gamma" in name:
+    size = 0
+    for name, like in model_without_weights.state_dict().items():
+        tensor = 0.02 * torch.randn(like.shape, device="cuda")
+        if like.ndim == 1 or "gamma" in name:
             tensor = tensor + 1
-        state[model.checkpoint_name(cls, name)] = tensor.bfloat16().cpu()
-    save_file(state, folder / "model.safetensors")
+        state[model.checkpoint_name(cls, name)] = tensor.to(dtype).cpu()
+        size += like.numel() * dtype.itemsize
+        if size > SHARD:
+            write_shard(state, folder, weight_map)
+            size = 0
+    write_shard(state, folder, weight_map)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
 
 
-def write_model(name, layers, folder):
+def write_shard(state, folder, weight_map):
+    if state:
+        file = f"model-{len(list(folder.iterdir()))}.safetensors"
+        save_file(state, folder / file)
+        weight_map.update(dict.fromkeys(state, file))
+        state.clear()
+
+
+def write_model(name, layers, small, folder):
+    dtype = torch.bfloat16 if small else torch.float32
     configs = {}
     for part in ("transformer", "vae", "text_encoder"):
-        text = (PUBLISHED / part / "config.json").read_text(encoding="utf-8")
+        published = PUBLISHED
+        if name == "5b" and part != "text_encoder":
+            published = PUBLISHED_5B
+        text = (published / part / "config.json").read_text(encoding="utf-8")
         configs[part] = json.loads(text)
-    configs["transformer"] |= DIMENSIONS["1.3b" if name == "1.3b" else "14b"]
+    configs["transformer"] |= DIMENSIONS.get(name, DIMENSIONS["14b"])
     if layers is not None:
         configs["transformer"]["num_layers"] = layers
     (folder / "tokenizer").mkdir(parents=True)
     words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
-    configs["text_encoder"] |= TEXT | {"vocab_size": words}
-    write_part(model.WanTransformer, configs["transformer"], folder / "transformer")
-    write_part(model.WanVAE, configs["vae"], folder / "vae")
-    write_part(model.TextEncoder, configs["text_encoder"], folder / "text_encoder")
+    if small:
+        configs["text_encoder"] |= SMALL_TEXT | {"vocab_size": words}
+    write_part(model.WanTransformer, configs["transformer"], folder / "transformer", dtype)
+    write_part(model.WanVAE, configs["vae"], folder / "vae", dtype)
+    write_part(model.TextEncoder, configs["text_encoder"], folder / "text_encoder", dtype)
+    index = {"_class_name": "WanPipeline"}
     if name == "2.2":
         (folder / "transformer_2").mkdir()
         for file in (folder / "transformer").iterdir():
             os.link(file, folder / "transformer_2" / file.name)
-        index = {
-            "_class_name": "WanPipeline",
-            "boundary_ratio": 0.875,
-            "transformer_2": ["diffusers", "WanTransformer3DModel"],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        index["boundary_ratio"] = 0.875
+        index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
+    if name == "5b":
+        index["expand_timesteps"] = True
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def forget_files(folder):
+    """Drop a model's files from the system's memory."""
+    for file in folder.rglob("*.safetensors"):
+        with open(file, "rb") as content:
+            os.fsync(content.fileno())
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def hold_all_but(gibibytes):
@@ -85,18 +122,22 @@ def hold_all_but(gibibytes):
     return torch.empty(free - int(gibibytes * 2**30), dtype=torch.uint8, device="cuda")
 
 
-def run_sample(processes, folder, size, options, output):
+def run_sample(processes, command_file, folder, size, options, output, cache):
     """Run the command, and print its lines but for progress bars. Returns its exit status, its
-    seconds and what it recorded of its stages; the peaks are those of the first process."""
+    seconds and what it recorded of its stages; the peaks are those of the first process. Text
+    embeddings are kept in the folder `cache`."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "sample.py"), "--model", str(folder), "--size", size]
+    command += [str(command_file), "--model", str(folder), "--size", size]
     command += ["--output", str(output), *options]
     command += ["--prompt", "a large red striped fish swims right above a sandy floor"]
     start = time.time()
     # In text, the carriage returns of progress bars end lines too.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
+    environment = os.environ | {"HF_HOME": str(cache)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, encoding="utf-8", env=environment
+    ) as process:
         for line in process.stderr:
             is_unfinished_bar = "%|" in line and "100%|" not in line
             if line.strip() and not is_unfinished_bar:
@@ -109,8 +150,10 @@ def run_sample(processes, folder, size, options, output):
     return process.returncode, seconds, stages
 
 
-def print_stages(stages):
+def print_stages(stages, seconds):
     print("| stage | seconds | peak, GiB |\n|---|---|---|")
+    inside = sum(stage["seconds"] for stage in stages.values())
+    print(f"| outside the stages | {seconds - inside:.1f} | |")
     for name, stage in stages.items():
         print(f"| {name} | {stage['seconds']:.1f} | {stage['peak_memory_gib']:.1f} |", flush=True)
 
@@ -119,10 +162,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=("1.3b", "14b", "2.2"))
+    parser.add_argument("model", choices=("1.3b", "5b", "14b", "2.2"))
     parser.add_argument("size", help="WIDTHxHEIGHT")
     parser.add_argument("--free", type=float, nargs="+", metavar="GIB", default=[None])
     parser.add_argument("--processes", type=int, metavar="N", default=1, help="GPUs")
+    parser.add_argument("--runs", nargs="+", choices=("cold", "warm", "again"), default=["warm"])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--command", type=Path, default=ROOT / "sample.py")
     parser.add_argument("--layers", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="of the model; made if it is not there")
     typed = sys.argv[1:]
@@ -140,16 +186,21 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "model"
         if not folder.exists():
-            write_model(arguments.model, arguments.layers, folder)
-        for number, free in enumerate(arguments.free):
+            start = time.time()
+            write_model(arguments.model, arguments.layers, arguments.small, folder)
+            print(f"wrote the model in {time.time() - start:.0f} s", flush=True)
+        for number, (free, kind) in enumerate(product(arguments.free, arguments.runs)):
             held = None if free is None else hold_all_but(free)
+            if kind == "cold":
+                forget_files(folder)
+            if kind != "again":
+                cache = Path(temporary) / f"cache{number}"
             output = Path(temporary) / f"run{number}"
-            status, seconds, stages = run_sample(
-                arguments.processes, folder, arguments.size, options, output
-            )
+            command = (arguments.processes, arguments.command, folder, arguments.size, options)
+            status, seconds, stages = run_sample(*command, output, cache)
             del held
-            print(f"exit status {status}, {seconds:.1f} s")
-            print_stages(stages)
+            print(f"{kind}: exit status {status}, {seconds:.1f} s")
+            print_stages(stages, seconds)
             peak = max((stage["peak_memory_gib"] for stage in stages.values()), default=0)
             rows.append(f"| {free} | {status} | {seconds:.0f} | {peak:.1f} |")
             if status == 0:
@@ -158,7 +209,7 @@ def main():
         print("\n| GiB free | exit status | seconds | peak, GiB |\n|---|---|---|---|")
         print(*rows, sep="\n")
         print(f"the least with which it completed: {min(completed, default='none')} GiB free")
-    return 0 if len(completed) == len(arguments.free) else 1
+    return 0 if len(completed) == len(rows) else 1
 
 
 if __name__ == "__main__":
