@@ -240,7 +240,7 @@ def working_tensors(heads):
     return count
 
 
-SPARE = 2**26  # bytes that libraries take for themselves
+SPARE = 45 * 10**6  # bytes that libraries take for themselves
 
 
 def vae_weights(plan):
