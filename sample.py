@@ -32,10 +32,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import hashlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +51,7 @@ from support.run import Run
 def main(arguments):
     plan = processes.from_first(partial(make_plan, arguments))
     with Run(plan, processes.device_of(plan.options.device)) as run:
-        models = load_models(plan, run)
-        prompts = embed_prompts(plan, models, run)
+        models, prompts = load_models(plan, run)
         run.begin()  # all is in order: from here on, files are written
         run.save("text", prompts)
         handle_signals(run.resume_hint())
@@ -86,8 +85,6 @@ def main(arguments):
 
 @dataclass
 class Models:
-    folder: Path  # where the weights are
-    fingerprints: dict  # of its files, as hub.fingerprints_of_model gives them
     transformer: Any  # or Wan2.2's two, as Experts
     vae: model.WanVAE
     tiled: bool  # whether the VAE works in tiles
@@ -96,15 +93,20 @@ class Models:
 
 
 def load_models(plan, run):
-    """The transformer and the VAE, each shared by all processes if there are several."""
+    """The transformer and the VAE, each shared by all processes if there are several; and the
+    embedded prompts, for which the text encoder was in memory before."""
     options = plan.options
     folder = processes.once_per_host(partial(hub.download, options.model, weights=True))
     hub.check_weights(options.model, folder)  # all parts are whole, or refused, before one is read
     fingerprints = check_files(plan, run, folder)
+    placement = offload.plan_memory(plan, run.device)
+    run.advise(offload.relief(placement, run.device))
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # They are tried while the text encoder streams from the disk.
+        kernels = pool.submit(choose_kernels, plan, run.device)
+        prompts = embed_prompts(plan, folder, fingerprints, run)
     with run.stage("load"):
-        placement = offload.plan_memory(plan, run.device)
-        run.advise(offload.relief(placement, run.device))
-        kernels = choose_kernels(plan, run.device)
+        kernels = kernels.result()
         load = partial(load_transformer, plan, run.device, folder, kernels, placement)
         if plan.boundary is None:
             transformer = load("transformer")
@@ -113,8 +115,7 @@ def load_models(plan, run):
             transformer = Experts(load, plan.boundary, like=plan.parts.transformer)
         vae, tiled = load_vae(plan, run, folder, placement)
         cache = offload.CacheOnCPU(run.device) if placement.cache_on_cpu else {}
-    window_attention = kernels.window_attention
-    return Models(folder, fingerprints, transformer, vae, tiled, window_attention, cache)
+    return Models(transformer, vae, tiled, kernels.window_attention, cache), prompts
 
 
 def check_files(plan, run, folder):
@@ -145,6 +146,8 @@ def choose_kernels(plan, device):
     if device.type == "cuda":
         from support import attention, compiled  # PyTorch's compiler takes seconds to import
 
+        if device.index is not None:
+            torch.cuda.set_device(device)  # which every thread has to do for itself
         dtype = getattr(torch, plan.options.dtype)
         head_dim = plan.parts.transformer.head_dim
         kernels.block = compiled.choose_block(device, dtype)
@@ -212,7 +215,7 @@ def load_vae(plan, run, folder, placement):
 # Text
 
 
-def embed_prompts(plan, models, run):
+def embed_prompts(plan, folder, fingerprints, run):
     """Text embeddings, (1, L, text_dim) each: {"text"}, and {"negative"} if there is guidance."""
     text_dim = plan.parts.transformer.config["text_dim"]
     shape = (1, plan.preset.text_length, text_dim)
@@ -221,7 +224,8 @@ def embed_prompts(plan, models, run):
         prompts = run.load("text", dict.fromkeys(prompts_of(plan), shape))
     if prompts is None:
         with run.stage("text"):
-            prompts = processes.from_first(partial(compute_embeddings, plan, models, run.device))
+            compute = partial(compute_embeddings, plan, folder, fingerprints, run.device)
+            prompts = processes.from_first(compute)
     return {name: tensor.to(run.device) for name, tensor in prompts.items()}
 
 
@@ -233,15 +237,16 @@ def prompts_of(plan):
     return prompts
 
 
-def compute_embeddings(plan, models, device):
-    """Those of prompts that were embedded before come from the user's cache folder."""
-    folder = models.folder / "text_encoder"
+def compute_embeddings(plan, folder, fingerprints, device):
+    """Those of prompts that were embedded before, by a model with these `fingerprints`, come from
+    the user's cache folder."""
+    folder = folder / "text_encoder"
     prompts = prompts_of(plan)
     texts = list(prompts.values())
     worth_keeping = embeddings.is_worth_keeping(folder)
     found = None
     if worth_keeping:
-        key = embeddings.key_of(models.fingerprints, texts, plan.options)
+        key = embeddings.key_of(fingerprints, texts, plan.options)
         found = embeddings.load(key, plan.preset.text_length)
     if found is None:
         dtype = getattr(torch, plan.options.dtype)

@@ -7,6 +7,8 @@ sound.
 """
 
 import stat
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -372,7 +374,7 @@ def to_frame(video, index):
     """Frame `index` of a video, uint8 (H, W, 3)."""
     pixels = (video[0, :, index].float() + 1) * 127.5
     pixels = pixels.round().clamp(0, 255).byte()
-    return pixels.permute(1, 2, 0).cpu().numpy()
+    return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,8 +406,8 @@ def write_video(file, video, fps, sound=None, preset=X264_PRESET):
             stream = add_video_stream(container, height, width, fps, preset)
             if sound is not None:
                 sound_stream = add_sound_stream(container, sound)
-            for index in range(frames):
-                container.mux(stream.encode(yuv_of(to_frame(video, index), index)))
+            for frame in converted(video):
+                container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
             if sound is not None:
                 encode_sound(container, sound_stream, sound)
@@ -415,6 +417,22 @@ def write_video(file, video, fps, sound=None, preset=X264_PRESET):
         ) from None
     if count_frames(file) != frames:  # a full disk may show only here
         raise OSError("the encoder wrote half of it; is the disk full?")
+
+
+def converted(video):
+    """The frames as the encoder wants them, a few of them ahead of it."""
+    waiting = deque()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for index in range(video.shape[2]):
+            waiting.append(pool.submit(convert, video, index))
+            if len(waiting) == 8:
+                yield waiting.popleft().result()
+        for frame in waiting:
+            yield frame.result()
+
+
+def convert(video, index):
+    return yuv_of(to_frame(video, index), index)
 
 
 def add_video_stream(container, height, width, fps, preset):

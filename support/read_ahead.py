@@ -1,6 +1,7 @@
 """Have the system read a model's weights into memory while the command still imports PyTorch and
 tries kernels: from a cold disk, reading takes longer than everything else before the first step.
-Nothing here needs PyTorch."""
+They are really read, because the system takes the advice to do so (posix_fadvise) for few pages
+only. Nothing here needs PyTorch."""
 
 import json
 import os
@@ -8,14 +9,12 @@ import threading
 from pathlib import Path
 
 PARTS = ("transformer", "text_encoder", "vae")  # in the order in which they are read
-CHUNK = 2**26  # bytes
+CHUNK = 2**24  # bytes
 
 
 def begin(typed):
     """Read ahead for the options that were `typed`, in a thread that ends with the process. What
     cannot be read is left to those who need it."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     thread = threading.Thread(target=read, args=(typed,), daemon=True)
     thread.start()
 
@@ -67,15 +66,16 @@ def weights_of(folder):
 
 
 def read_files(files):
-    """Ask the system to read these files, as far as they fit into half of the free memory: more
-    would push out what was read first."""
+    """Read these files, as far as they fit into half of the free memory: more would push out what
+    was read first. The system keeps what was read."""
     left = free_memory() // 2
+    buffer = bytearray(CHUNK)
     for file in files:
-        with open(file, "rb") as content:
-            size = os.fstat(content.fileno()).st_size
-            for start in range(0, min(size, left), CHUNK):
-                os.posix_fadvise(content.fileno(), start, CHUNK, os.POSIX_FADV_WILLNEED)
-            left -= min(size, left)
+        with open(file, "rb", buffering=0) as content:
+            count = CHUNK
+            while count > 0 and left > 0:
+                count = content.readinto(buffer)
+                left -= count
 
 
 def free_memory():

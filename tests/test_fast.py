@@ -290,7 +290,7 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected, lines):
     [
         (7.0, {}, None),
         (6.5, {}, "take 6.5 GiB, and 6.5 are free; if memory runs out, begin with a lower --size"),
-        (8.0, {"offload": False}, "take 8.9 GiB, and 8.0 are free; if memory runs out, go on with"),
+        (8.0, {"offload": False}, "take 9.0 GiB, and 8.0 are free; if memory runs out, go on with"),
         (
             20.0,
             {"cache_device": "gpu"},
