@@ -116,9 +116,10 @@ def predict_dual(transformer, latents, timestep, text, attend_window, attend_ful
     `timestep` is (B,) and `text` (B, L, text_dim). With a `cache`, a dict, the cross-attention
     outputs, (B, N, D), are kept there by block.
     """
-    tokens, time_emb, modulation, context, rotary, grid = transformer.embed(latents, timestep, text)
-    window_tokens = tokens  # both paths start from the same latents
-    full_tokens = tokens
+    window_tokens, time_emb, modulation, context, rotary, grid = transformer.embed(
+        latents, timestep, text
+    )
+    full_tokens = window_tokens  # both paths start from the same latents
     last = len(transformer.blocks) - 1
     for index, block in enumerate(transformer.prefetch(transformer.blocks)):
         window_tokens = block.self_attention(window_tokens, modulation, rotary, attend_window)
@@ -574,8 +575,9 @@ HEADS_AT_A_TIME = 4
 
 
 def few_heads_at_a_time(attend):
-    """An attention that gives `attend`, which is as large as all its heads, few of them at a
-    time."""
+    """An attention that hands its heads to `attend`, another one, a few at a time."""
+    # A kernel is compiled by itself, not as a part of a compiled transformer block.
+    attend = torch.compiler.disable(attend, recursive=False)
 
     def attend_all(query, key, value, **options):
         attended = torch.empty_like(query)
@@ -584,7 +586,6 @@ def few_heads_at_a_time(attend):
             attended[:, heads] = attend(query[:, heads], key[:, heads], value[:, heads], **options)
         return attended
 
-    # A kernel is compiled by itself, not as a part of a compiled transformer block.
     return torch.compiler.disable(attend_all, recursive=False)
 
 

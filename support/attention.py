@@ -27,6 +27,7 @@ from support.processes import say
 # Full attention
 
 
+@torch.compiler.disable
 def flash_attention(query, key, value, scale=None):
     """model.full_attention through flash-attn-4, which is a fifth faster than cuDNN on Hopper
     GPUs."""
