@@ -508,12 +508,13 @@ class FlowUniPC:
         sigmas = state["sigmas"].to(self.sigmas.device)
         if not torch.equal(sigmas, self.sigmas):
             raise StateError("the state is of other steps, another strength or another flow_shift")
-        if state["step"].numel() != 1 or not 0 <= int(state["step"]) < len(self.timesteps):
+        step = state["step"]
+        if step.numel() != 1 or int(step) not in range(len(self.timesteps)):
             raise StateError(f"the state's step is none of {len(self.timesteps)}")
-        self.index = int(state["step"])
+        self.index = int(step)
         needed = {"start": 1, "x0": 1, "x0_before": 2}  # from which step on
-        for name, step in needed.items():
-            if self.index >= step and name not in state:
+        for name, first_step in needed.items():
+            if self.index >= first_step and name not in state:
                 raise StateError(f"the state has no {name}")
         self.start = state.get("start")
         self.x0 = state.get("x0")

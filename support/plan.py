@@ -108,14 +108,15 @@ def make_plan(typed):
         check_size(target, native)
     clip = None
     if known["base_video"] is not None:
-        check_clip_size(known["base_video"], base_size, target, native, begun)
+        if begun is None:
+            check_clip_size(known["base_video"], base_size, target, native)
         clip, clip_notes = read_clip(known, preset, begun)
         notes += clip_notes
     options = resolve_options(known, preset, clip, target)
     check_steps(options)
     check_placement(options)
     notes += notes_on_prompts(typed, options, tokenizer, preset)
-    notes += notes_on_experts(options, parts, target_shift_typed="flow_shift" in typed)
+    notes += notes_on_experts(options, parts)
     if begun is None:
         notes += notes_on_settings(typed, options, preset)
         notes += notes_on_size(target, native, base_size, preset)
@@ -340,7 +341,7 @@ def needs_negative(options):
     return options.guidance != 1 or options.guidance_2 not in (None, 1)
 
 
-def notes_on_experts(options, parts, target_shift_typed):
+def notes_on_experts(options, parts):
     """Notes on what only one of Wan2.2's experts has, and on an expert that no step reaches."""
     if parts.boundary is None:
         return []
@@ -521,10 +522,8 @@ def check_size(target, native):
         )
 
 
-def check_clip_size(file, base_size, target, native, begun):
+def check_clip_size(file, base_size, target, native):
     """Raise UserError if a clip is too large or too small to be refined to the target."""
-    if begun is not None:
-        return
     rows, columns = base_size
     height, width = target
     used_rows, used_columns = media.crop_size(base_size, target)

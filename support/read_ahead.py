@@ -40,8 +40,10 @@ def model_of(typed):
 
 def find_folder(name):
     """The folder of a model here, or in the cache of the hub; None if it is in neither."""
-    if name is None or Path(name).is_dir():
-        return name and Path(name)
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
     repository = name.partition("@")[0].replace("/", "--")
     snapshots = cache_of_hub() / f"models--{repository}" / "snapshots"
     found = sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime)

@@ -240,10 +240,11 @@ def delete_old_run(output):
     kill meanwhile leaves a folder that can be resumed or overwritten."""
     if not (output / "run.json").is_file():
         return
+    written = read_record(output).files
     names = []
     for name in (*FILES, PICTURE):
         is_video = name not in ("run.json", "state")
-        if is_video and name in read_record(output).files:
+        if is_video and name in written:
             names.append(name)
     for state in (*STATES, *VARIANTS):
         names.append(f"state/{state}.safetensors")
