@@ -152,6 +152,11 @@ def modulate(tokens, shift, scale, eps):
 FEED_FORWARD_ELEMENTS = 2**29
 
 
+def random_table(rows, dim):
+    """A scale_shift_table, (1, rows, dim), as before training."""
+    return nn.init.trunc_normal_(torch.empty(1, rows, dim), std=dim**-0.5)
+
+
 class Block(nn.Module):
     """One transformer block, in three parts that the caller composes: self-attention,
     cross-attention and feed-forward network.
@@ -169,7 +174,7 @@ class Block(nn.Module):
         self.cross_attn = Attention(dim, heads, eps)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(random_table(6, dim))
 
     def self_attention(self, tokens, modulation, rotary, attend):
         """The tokens after self-attention."""
@@ -262,7 +267,7 @@ class WanTransformer(nn.Module):
         for _ in range(config["num_layers"]):
             self.blocks.append(block(dim, self.heads, ffn_dim, self.eps))
         self.proj_out = nn.Linear(dim, 4 * self.channels)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(random_table(2, dim))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, adjust=None, **parts):
@@ -960,6 +965,12 @@ def blending_weight(row, column):
 # The text encoder: UMT5 and its tokenizer
 
 
+def embedding_table(rows, dim):
+    """The same as nn.Embedding(rows, dim). That would draw its numbers in a way that, on the meta
+    device, has PyTorch import its compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.randn(rows, dim), freeze=False)
+
+
 class TextLayer(nn.Module):
     """Self-attention with its own relative position bias, then a gated feed-forward network."""
 
@@ -976,7 +987,7 @@ class TextLayer(nn.Module):
         self.to_k = nn.Linear(dim, inner, bias=False)
         self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
-        self.relative_bias = nn.Embedding(self.buckets, self.heads)
+        self.relative_bias = embedding_table(self.buckets, self.heads)
         self.ffn_norm = nn.RMSNorm(dim, eps)
         self.gate = nn.Linear(dim, config["d_ff"], bias=False)
         self.up = nn.Linear(dim, config["d_ff"], bias=False)
@@ -1060,7 +1071,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.shared = nn.Embedding(config["vocab_size"], config["d_model"])
+        self.shared = embedding_table(config["vocab_size"], config["d_model"])
         self.layers = nn.ModuleList()
         for _ in range(config["num_layers"]):
             self.layers.append(TextLayer(config))

@@ -30,10 +30,10 @@ class CompiledBlock(Block):
 def choose_block(device, dtype):
     """The compiled block if the compiler works here, else the plain one, and a line says why."""
     try:
-        with device, torch.no_grad():
-            block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6).to(dtype)
-            tokens = torch.zeros(1, 4, 16, dtype=dtype)
-            modulation = torch.zeros(1, 6, 16)
+        with torch.no_grad():
+            block = CompiledBlock(dim=16, heads=1, ffn_dim=16, eps=1e-6).to(device, dtype)
+            tokens = torch.zeros(1, 4, 16, dtype=dtype, device=device)
+            modulation = torch.zeros(1, 6, 16, device=device)
             rotary = rotary_table((1, 2, 2), 16, device)
             block.self_attention(tokens, modulation, rotary, full_attention)
     except Exception as error:  # a compiler can fail in many ways

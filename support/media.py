@@ -552,7 +552,9 @@ def sample_frames(video):
 
 
 def write_comparison(file, strips):
-    imageio.imwrite(file, comparison(strips, detail_from="FreeSwim"), plugin="pillow")
+    picture = comparison(strips, detail_from="FreeSwim")
+    # Half the time of the default level, for a file that is 10 to 30 % larger.
+    imageio.imwrite(file, picture, plugin="pillow", compress_level=1)
 
 
 def comparison(strips, detail_from):

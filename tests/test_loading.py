@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from huggingface_hub.utils import filter_repo_objects
 from parity import peak_memory, randomise, write_checkpoint
+from references import REFERENCE
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name, read_weights
+from model import TextEncoder, WanTransformer, WanVAE, build, checkpoint_name, read_weights
 from support import hub
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
@@ -263,3 +264,16 @@ def test_a_folder_needs_no_download(monkeypatch, tmp_path):
         hub, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub")
     )
     assert Path(hub.download(str(tmp_path), weights=True)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "cls, folder",
+    [
+        (WanTransformer, REFERENCE / "odd" / "transformer"),
+        (WanVAE, REFERENCE / "odd" / "vae"),
+        (TextEncoder, REFERENCE / "umt5"),
+    ],
+)
+def test_a_described_model_takes_no_memory(cls, folder):
+    """Its parameters are on the meta device."""
+    assert all(parameter.is_meta for parameter in build(cls, folder).parameters())

@@ -5,6 +5,7 @@ some to have only those:
     step        a block, a step and 35 steps at 1080p: plain, compiled, with flash-attn-4
     memory      the peak of a pass: with the cache, without, with cache or weights on the CPU
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
+    5b          steps of Wan2.2-TI2V-5B, 121 frames, at 1088x1920 and 2112x3840
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     vae         encode and decode at 1080p, beside Diffusers'
     estimate    the peak of a step, beside what the command expects before it starts
@@ -69,6 +70,10 @@ HEADS = 12
 HEAD_DIM = 128
 LAYERS = 30
 B14 = {"num_attention_heads": 40, "ffn_dim": 13824}
+B5 = json.loads((PUBLISHED_5B / "transformer" / "config.json").read_text(encoding="utf-8"))
+B5_WINDOW = (23, 41)
+B5_HD = (31, 34, 60)
+B5_UHD = (31, 66, 120)
 SCALE = attention_scale(HEAD_DIM, 1560)
 
 
@@ -225,12 +230,12 @@ def streamed_transformer(layers, changes=None):
     return transformer
 
 
-def inputs(grid):
+def inputs(grid, channels=16):
     """Latents, timestep and text."""
     frames, height, width = grid
     torch.manual_seed(0)
     return (
-        torch.randn(1, 16, frames, 2 * height, 2 * width, device="cuda"),
+        torch.randn(1, channels, frames, 2 * height, 2 * width, device="cuda"),
         torch.tensor([900], device="cuda"),
         torch.randn(1, 512, 4096, device="cuda"),
     )
@@ -241,7 +246,7 @@ FULL = partial(full_attention, scale=SCALE)
 
 def passes(transformer, grid, window, name, repeats=3):
     """Print a row for each kind of pass; return one of what a step, and 35, take."""
-    given = inputs(grid)
+    given = inputs(grid, transformer.channels)
     layers = len(transformer.blocks)
     cache = {}
     attend_full = partial(transformer.full_attention, scale=SCALE)
@@ -326,8 +331,14 @@ def estimate_table(layers=4):
         "|---|---|---|---|---|---|",
         flush=True,
     )
-    cases = [("1.3B", HD, {}), ("1.3B", UHD, {}), ("14B", HD, B14)]
-    for name, grid, changes in cases:
+    cases = [  # model, grid, pixels of a token, changes
+        ("1.3B", HD, 16, {}),
+        ("1.3B", UHD, 16, {}),
+        ("14B", HD, 16, B14),
+        ("TI2V-5B", B5_HD, 32, B5),
+        ("TI2V-5B", B5_UHD, 32, B5),
+    ]
+    for name, grid, pixels, changes in cases:
         for cache_on_cpu, stream in ((False, False), (True, False), (True, True)):
             torch.cuda.empty_cache()
             if stream:
@@ -337,7 +348,8 @@ def estimate_table(layers=4):
             expected = expected_memory(transformer, grid, cache_on_cpu, stream)
             peak = refinement_peak(transformer, grid, cache_on_cpu)
             del transformer
-            height, width = 16 * grid[1], 16 * grid[2]
+            height = pixels * grid[1]
+            width = pixels * grid[2]
             print(
                 f"| {name}, {width}x{height} | {'CPU' if cache_on_cpu else 'GPU'} | "
                 f"{'CPU' if stream else 'GPU'} | {peak / 2**30:.2f} | {expected / 2**30:.2f} | "
@@ -354,7 +366,7 @@ def expected_memory(transformer, grid, cache_on_cpu, stream):
 
 def refinement_peak(transformer, grid, cache_on_cpu):
     """Bytes at the most in a step that fills the cache, and in one that reads it."""
-    latents, timestep, text = inputs(grid)
+    latents, timestep, text = inputs(grid, transformer.channels)
     attend = tuned_window(grid, WINDOW, SCALE)
     cache = CacheOnCPU("cuda") if cache_on_cpu else {}
     given = (transformer, latents, timestep, text, attend)
@@ -396,6 +408,16 @@ def memory_14b_table():
         own = partial(transformer, *given, window)
         report(f"weights {name}: window, own text", own, 1)
         del dual, own, transformer
+
+
+def ti2v_5b_table():
+    rows = []
+    for size, grid in (("1920x1088", B5_HD), ("3840x2112", B5_UHD)):
+        table(f"one pass of Wan2.2-TI2V-5B, {size}, 121 frames, two blocks")
+        window = tuned_window(grid, B5_WINDOW, SCALE)
+        transformer = random_transformer(CompiledBlock, 2, changes=B5)
+        rows.append(passes(transformer, grid, window, f"TI2V-5B, {size}", 1))
+    print(STEPS, *rows, sep="\n", flush=True)
 
 
 def sampled_attention(parts, sample, window=None):
@@ -604,6 +626,7 @@ TABLES = {
     "step": step_table,
     "memory": memory_table,
     "14b": memory_14b_table,
+    "5b": ti2v_5b_table,
     "4k": uhd_table,
     "vae": vae_table,
     "estimate": estimate_table,
