@@ -7,6 +7,7 @@ some to have only those:
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
     5b          steps of Wan2.2-TI2V-5B, 121 frames, at 1088x1920 and 2112x3840
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
+    40heads     the 14B's attentions at 2160x3840, whose tensors have more than 2**31 elements
     vae         encode and decode at 1080p, beside Diffusers'
     estimate    the peak of a step, beside what the command expects before it starts
     gpus        a step on several GPUs, projected from one GPU and from the bytes exchanged
@@ -476,6 +477,25 @@ def uhd_table():
     print(f"\noff from float32 at 200 positions, all heads: {errors}", flush=True)
 
 
+def forty_heads_table():
+    """Whether PyTorch's kernels are right where 32 bits cannot address all elements."""
+    heads = B14["num_attention_heads"]
+    sample = torch.randint(math.prod(UHD), (6,), generator=torch.Generator().manual_seed(0))
+
+    def random_tokens(count):
+        tokens = torch.randn(1, count, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        return tokens.transpose(1, 2)
+
+    table("14B, 2160x3840")
+    query = random_tokens(math.prod(UHD))
+    for name, count in (("cross-attention", 512), ("full attention", math.prod(UHD))):
+        parts = (query, random_tokens(count), random_tokens(count))
+        attend = partial(full_attention, *parts, SCALE)
+        _, attended = report(f"{name}, {query.numel():.1e} elements", attend, 1)
+        error = relative(attended[0, :, sample], sampled_attention(parts, sample))
+        print(f"off from float32 at {len(sample)} positions, all heads: {error:.1e}", flush=True)
+
+
 def vae_table():
     """Plain, fast in TF32, and fast in float16, all beside plain float32 without TF32."""
     table("VAE, 17 frames of 1920x1088")
@@ -628,6 +648,7 @@ TABLES = {
     "14b": memory_14b_table,
     "5b": ti2v_5b_table,
     "4k": uhd_table,
+    "40heads": forty_heads_table,
     "vae": vae_table,
     "estimate": estimate_table,
     "gpus": projection_table,

@@ -189,6 +189,7 @@ def main():
             start = time.time()
             write_model(arguments.model, arguments.layers, arguments.small, folder)
             print(f"wrote the model in {time.time() - start:.0f} s", flush=True)
+        cache = Path(temporary) / "cache"
         for number, (free, kind) in enumerate(product(arguments.free, arguments.runs)):
             held = None if free is None else hold_all_but(free)
             if kind == "cold":
