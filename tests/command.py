@@ -6,9 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import sample
+from support import UserError
 from support.options import parse_arguments
 from support.processes import fail
 
@@ -47,6 +51,17 @@ def run_here(*arguments):
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
+
+
+@contextmanager
+def refused(*named):
+    """What the code under it asks for is refused in one line, which names all of these."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in named:
+        assert str(words) in message
 
 
 def record(folder):

@@ -6,10 +6,9 @@ import shutil
 
 import pytest
 import torch
-from command import SMALL, latents, run_here
+from command import SMALL, latents, refused, run_here
 from parity import split_weights
 from safetensors.torch import load_file, save_file
-from test_nothing_lost import refused
 
 from support import hub
 

@@ -1,17 +1,16 @@
 """Hostile folders, edited records and foreign states: no file is lost, no wrong state is taken."""
 
-import contextlib
 import json
 import shutil
 
 import pytest
 import torch
-from command import SMALL, latents, record, run, run_here
+from command import SMALL, latents, record, refused, run, run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from support import UserError, hub, processes
+from support import hub, processes
 from support import run as run_module
 from support.plan import fingerprint
 
@@ -30,16 +29,6 @@ def finished(checkpoint, tmp_path_factory):
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished / "output", tmp_path / "output")
-
-
-@contextlib.contextmanager
-def refused(*named):
-    with pytest.raises(UserError) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in named:
-        assert str(words) in message
 
 
 def edit_record(folder, **changes):

@@ -1,7 +1,6 @@
 """A run and its folder: nothing that is there is lost, whatever ends a run, and what has changed is
 noticed."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import time
 import kill
 import pytest
 import torch
-from command import ROOT, SMALL, latents, parse, record, run, run_here, start
+from command import ROOT, SMALL, latents, parse, record, refused, run, run_here, start
 from safetensors.torch import load_file, save_file
 
 from freeswim import FlowUniPC
@@ -37,14 +36,6 @@ def finished(checkpoint, tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of its output."""
     return shutil.copytree(finished / "output", tmp_path / "output")
-
-
-@contextlib.contextmanager
-def refused(*named):
-    with pytest.raises(ValueError) as caught:
-        yield
-    for words in named:
-        assert str(words) in str(caught.value)
 
 
 def wait_for(file, process):

@@ -6,17 +6,19 @@ import shutil
 from functools import partial
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
-from command import latents, record, run_here
+from command import ROOT, latents, record, refused, run_here
 from oracle import relative
 from parity import TESTS, randomise, write_random_model
 from safetensors.torch import save_file
-from test_nothing_lost import refused
+from test_parallel import finish, refined, torchrun
 
 from freeswim import dense_window, generate, refine
 from model import WanTransformer, WanVAE, build, checkpoint_name
 from support import hub
+from support.offload import load_streamed
 from support.presets import WAN_2_2_5B, find_preset
 
 diffusers = pytest.importorskip("diffusers")
@@ -250,6 +252,51 @@ def test_frames_higher_than_wide(folder, tmp_path):
     output = tmp_path / "run"
     run_here("--model", folder, *FEW, "--size", "704x1280", "--output", output)
     assert imageio.imread(output / "base.mp4").shape == (1, 1280, 704, 3)
+
+
+def lora_for_all_queries(folder, file):
+    """A random LoRA, as PEFT writes it."""
+    transformer = WanTransformer.from_pretrained(folder / "transformer")
+    draw = torch.Generator().manual_seed(5)
+    entries = {}
+    for index, block in enumerate(transformer.blocks):
+        rows, columns = block.self_attn.to_q.weight.shape
+        name = f"base_model.model.blocks.{index}.attn1.to_q"
+        entries[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=draw)
+        entries[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=draw)
+    save_file(entries, file)
+
+
+def test_a_clip_with_a_lora_and_a_comparison(folder, tmp_path):
+    picture = tmp_path / "picture.png"
+    draw = np.random.default_rng(0)
+    imageio.imwrite(picture, draw.integers(0, 256, (704, 1280, 3), dtype=np.uint8))
+    lora_for_all_queries(folder, tmp_path / "lora.safetensors")
+    given = ["--model", folder, *FEW, "--base-video", picture, "--size", "1300x720", "--compare"]
+    run_here(*given, "--output", tmp_path / "plain")
+    run_here(*given, "--output", tmp_path / "merged", "--lora", tmp_path / "lora.safetensors")
+    assert latents(tmp_path / "plain") != latents(tmp_path / "merged")
+    strip_height = 720
+    height, _, _ = imageio.imread(tmp_path / "plain" / "comparison.png").shape
+    assert height == 5 * strip_height  # the base clip, FreeSwim, and three ways without its parts
+
+
+def test_two_processes_with_sharded_weights(folder, tmp_path):
+    given = ["--model", folder, *FEW, "--size", "1300x720", "--output"]
+    run_here(*given, tmp_path / "alone")
+    finish(torchrun(2, ROOT / "sample.py", *given, tmp_path / "together", "--shard-weights"))
+    assert relative(refined(tmp_path / "together"), refined(tmp_path / "alone")) <= 1e-5
+
+
+def test_streamed_weights(folder):
+    """As on a small GPU; on a CPU the same code copies at once."""
+    device = torch.device("cpu")
+    plain = WanTransformer.from_pretrained(folder / "transformer")
+    streamed = load_streamed(folder / "transformer", device, torch.float32)
+    inputs = (torch.randn(1, 48, 1, 4, 6), torch.tensor([500.0]))
+    text = torch.randn(1, 7, plain.config["text_dim"])
+    with torch.no_grad():
+        assert torch.equal(streamed(*inputs, text), plain(*inputs, text))
 
 
 def test_parts_of_two_models_are_refused(folder, checkpoint, tmp_path):
