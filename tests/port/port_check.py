@@ -3,30 +3,47 @@
 Put into YOURS whatever you have, by the names of tests/reference/README.md. A batch of one may
 stay, and any floating-point dtype. There is a line for each tensor. What is wrong comes first, in
 the order of the computation, with the place in our code to look at; names that are not known come
-last. Exits with 0 if all is right, with 1 if anything is wrong, with 2 if the file cannot be
-compared.
+after what is right. The last lines count what is right, wrong and not given. Exits with 0 if
+nothing is wrong, with 1 if anything is, with 2 if the file cannot be compared. Needs the packages
+numpy and safetensors.
 """
 
+import difflib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.numpy import load_file
+try:
+    import numpy as np
+    from safetensors import SafetensorError, deserialize, safe_open
+    from safetensors.numpy import load_file
+except ImportError as error:
+    print(f"port_check.py: {error}; pip install numpy safetensors", file=sys.stderr)
+    sys.exit(2)
 
 PORT = Path(__file__).parent
 REFERENCE = PORT.parent / "reference"
 
-LIMITS = {  # what names begin with: relative errors. A port in float32 reaches
-    "vae.": 3e-5,  # 8e-6
-    "decoded": 4e-5,  # 1.1e-5
-    "unipc.latents": 2e-6,  # 1.1e-7
-    "refine.": 4e-5,  # 3.9e-6
-    "": 1e-5,  # 3.9e-6 in all others
+# What names begin with: relative errors, as tests/port/README.md explains them.
+LIMITS = {
+    "norm.": 1e-5,
+    "umt5.": 2e-5,
+    "upsampled": 1e-5,
+    "vae.": 3e-5,
+    "dit.patches": 1e-5,
+    "dit.text": 1e-5,
+    "dit.rotary.": 1e-5,
+    "rotary.far.": 1e-6,
+    "unipc.": 2e-6,
+    "encoded": 3e-5,
+    "decoded": 1e-4,
+    "base.": 1e-4,
+    "refine.": 1e-4,
+    "": 5e-5,
 }
+ROUNDING = {"BF16": 4e-3, "F16": 5e-4}  # at least so much is allowed for tensors of these dtypes
 ZERO_LIMIT = 1e-6  # where the reference is all zeros, absolute
 
 PLACES = {  # what names begin with: where our code computes it
@@ -36,15 +53,22 @@ PLACES = {  # what names begin with: where our code computes it
     r"umt5\.layer": "model.py: TextLayer.attention, position_bias",
     r"umt5\.final": "model.py: TextEncoder.forward",
     r"umt5\.text": "model.py: encode_prompt",
+    r"umt5\.small": "model.py: TextLayer.__init__, TextEncoder.__init__; epsilons of norms",
     r"norm\.(input|layer|rms)": "model.py: modulate, Attention.__init__",
     r"norm\.vae": "model.py: ChannelNorm",
     r"upsampled": "freeswim.py: upsample",
     r"vae\.video": "tests/port/write_steps.py: vae_steps",
     r"vae\.encode\.downsample": "model.py: Downsample",
-    r"vae\.encode\.": "model.py: WanVAE.encode_chunk, CausalConv3d, Downsample",
+    r"vae\.encode\.": (
+        "model.py: WanVAE.encode_chunk, ResidualBlock, FrameAttention, CausalConv3d, Downsample"
+    ),
+    r"vae\.encoded": "model.py: WanVAE.encode; the posterior mean, normalised",
     r"vae\.decode\.upsample": "model.py: Upsample",
-    r"vae\.decode\.": "model.py: WanVAE.decode_chunk, CausalConv3d, Upsample",
-    r"vae\.tiled\.": "model.py: tiles_along_axis, blending_weight",
+    r"vae\.decode\.": (
+        "model.py: WanVAE.decode_chunk, ResidualBlock, FrameAttention, CausalConv3d, Upsample"
+    ),
+    r"vae\.decoded": "model.py: WanVAE.decode; clamped to [-1, 1]",
+    r"vae\.(tiled|strip)\.": "model.py: tiles_along_axis, blending_weight",
     r"mask": "freeswim.py: window_mask",
     r"dit\.patches": "model.py: WanTransformer.embed; tokens stand in (h, w, t) order",
     r"dit\.(time|modulation|text)": "model.py: WanTransformer.embed",
@@ -69,13 +93,24 @@ PLACES = {  # what names begin with: where our code computes it
     r"(dual|guide)_window": "freeswim.py: predict_dual",
     r"(reuse|window_only)_": "freeswim.py: predict_cached; model.py: WanTransformer.forward",
     r"zeros\.velocity": "model.py: Block.cross_attention; zeros after the text are seen",
-    r"unipc\.levels": "freeswim.py: FlowUniPC.__init__",
+    r"small\.(modulated|ffn|velocity)": "model.py: modulate; its epsilon",
+    r"small\.(query|key|cross\.key)\.norm": "model.py: Attention.__init__; epsilons of the norms",
+    r"small\.cross\.query\.norm": "model.py: Block.cross_attention, Attention.__init__; epsilons",
+    r"bfloat16\.velocity": "model.py: read_weights; stored in bfloat16, computed in float32",
+    r"rotary\.far": "model.py: rotary_angles; angles in float64",
+    r"unipc\.(levels|timesteps)": "freeswim.py: FlowUniPC.__init__",
     r"unipc\.latents": "freeswim.py: FlowUniPC.step, predictor, corrector",
+    r"(base|refine)\.noise": "freeswim.py: draw_noise; an input",
+    r"base\.step": "freeswim.py: generate; with the ordinary attention scale",
     r"encoded": "model.py: WanVAE.encode",
     r"init_latents": "freeswim.py: FlowUniPC.add_noise",
     r"refine\.step": "freeswim.py: refine",
     r"decoded": "model.py: WanVAE.decode",
-    r"refine\.(cache|ids)": "freeswim.py: refine, steps_that_read_cache, predict_cached",
+    r"refine\.(cache|ids)|cache\d+\.latents": (
+        "freeswim.py: refine, steps_that_read_cache, predict_cached"
+    ),
+    r"nocache\.": "freeswim.py: refine",
+    r"(latents|timestep)(_next)?|text|negative|video": "tests/reference/README.md: an input",
 }
 
 
@@ -90,7 +125,7 @@ class Line(NamedTuple):
 
 
 def reference():
-    """All that a port can compare with, {name: array}, in the order of the computation."""
+    """What a port has to get right, {name: array}, in the order of the computation."""
     file = PORT / "steps.safetensors"
     with safe_open(file, "np") as steps:
         order = json.loads(steps.metadata()["order"])
@@ -100,6 +135,13 @@ def reference():
     for index, latents in enumerate(odd["nocache.trace"]):
         known[f"refine.step{index}"] = latents
     return {name: known[name] for name in order}
+
+
+def other_tensors():
+    """What can be compared as well: inputs, and values that have another name too."""
+    odd = load_file(REFERENCE / "odd" / "expected.safetensors")
+    required = reference()
+    return {name: value for name, value in odd.items() if name not in required}
 
 
 def place_of(name):
@@ -127,8 +169,10 @@ DTYPES = {
 
 
 def read_port(file):
-    """{name: float64 array} of a port's file. Raises ValueError for what cannot be compared."""
+    """{name: float64 array} of a port's file, and {name: dtype in the file}. Raises ValueError for
+    what cannot be compared."""
     port = {}
+    dtypes = {}
     for name, entry in deserialize(Path(file).read_bytes()):
         dtype = entry["dtype"]
         data = bytes(entry["data"])
@@ -140,9 +184,10 @@ def read_port(file):
         else:
             raise ValueError(f"{name} is of dtype {dtype}; write real numbers, such as float32")
         port[name] = value.reshape(entry["shape"]).astype(np.float64)
+        dtypes[name] = dtype
     if not port:
         raise ValueError("it holds no tensors; write those that you have")
-    return port
+    return port, dtypes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,34 +203,61 @@ def off(actual, expected):
     return np.linalg.norm(actual - expected) / size
 
 
-def compare(port):
-    """A Line for each array of a port: what is wrong, what is right, what is not known."""
-    known = reference()
-    lines = []
+def compare(port, dtypes=None):
+    """A Line for each array of a port: what is wrong, what is right, what is not known. `dtypes`
+    are those in which they were stored, by default float32."""
+    dtypes = dtypes or {}
+    known = reference() | other_tensors()
+    wrong = []
+    right = []
     for name, expected in known.items():
-        if name in port:
-            actual = np.asarray(port[name], np.float64)
-            lines.append(compare_one(name, actual, expected.astype(np.float64)))
-    wrong = [line for line in lines if line.wrong]
-    right = [line for line in lines if not line.wrong]
+        if name not in port:
+            continue
+        actual = np.asarray(port[name], np.float64)
+        line = compare_one(name, actual, expected.astype(np.float64), dtypes.get(name))
+        if line.wrong:
+            wrong.append(line)
+        else:
+            right.append(line)
     unknown = []
     for name in sorted(port.keys() - known.keys()):
-        text = f"UNKNOWN {name}: no such name; tests/reference/README.md has them all"
-        unknown.append(Line(name, True, text))
+        unknown.append(Line(name, False, f"unknown {name}: {hint_for(name, known)}"))
     return wrong + right + unknown
 
 
-def compare_one(name, actual, expected):
+def hint_for(name, known):
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if closest:
+        return f"is it {closest[0]}?"
+    return "tests/reference/README.md has all names"
+
+
+def compare_one(name, actual, expected, dtype=None):
     place = place_of(name)
     if without_batch(actual.shape) != without_batch(expected.shape):
         text = f"WRONG {name}: is {actual.shape}, should be {expected.shape}; see {place}"
         return Line(name, True, text)
-    error = off(actual.reshape(expected.shape), expected)
+    actual = actual.reshape(expected.shape)
+    not_finite = ~np.isfinite(actual)
+    if not_finite.any():
+        first = tuple(map(int, np.argwhere(not_finite)[0]))
+        count = not_finite.sum()
+        text = f"WRONG {name}: {count} of {actual.size} are not finite, first {first}; see {place}"
+        return Line(name, True, text)
+    error = off(actual, expected)
     limit = limit_of(name) if expected.any() else ZERO_LIMIT
-    figures = f"{error:.1e} off, at most {limit:.0e}"
+    limit = max(limit, ROUNDING.get(dtype, 0))
+    figures = f"{shown(error, limit)} off, at most {limit:.0e}"
     if error <= limit:
         return Line(name, False, f"right {name}: {figures}")
     return Line(name, True, f"WRONG {name}: {figures}; see {place}")
+
+
+def shown(error, limit):
+    """An error with as many digits as tell it from its limit."""
+    if f"{error:.1e}" == f"{limit:.1e}" and error != limit:
+        return f"{error:.3e}"
+    return f"{error:.1e}"
 
 
 def limit_of(name):
@@ -202,6 +274,27 @@ def without_batch(shape):
     return shape
 
 
+def summary(lines, port):
+    """The last lines: how many are right, wrong and not given, and the names of these."""
+    required = reference()
+    missing = [name for name in required if name not in port]
+    wrong = sum(line.wrong for line in lines)
+    right = sum(line.text.startswith("right ") for line in lines)
+    text = f"{right} right, {wrong} wrong, {len(missing)} of {len(required)} not given"
+    if missing:
+        text += f":\n{', '.join(shorten(missing))}"
+    return text
+
+
+def shorten(names):
+    """Names, of which those of one chunk's history are one: vae.encode.history0.*"""
+    found = {}
+    for name in names:
+        match = re.match(r"vae\.\w+\.history\d\.", name)
+        found[f"{match[0]}*" if match else name] = True
+    return list(found)
+
+
 def main(arguments):
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
@@ -211,7 +304,7 @@ def main(arguments):
         return 2
     file = arguments[0]
     try:
-        port = read_port(file)
+        port, dtypes = read_port(file)
     except OSError as error:
         print(f"port_check.py: {file}: {error.strerror}", file=sys.stderr)
         return 2
@@ -219,9 +312,10 @@ def main(arguments):
         message = " ".join(str(error).split())
         print(f"port_check.py: {file}: {message:.300}", file=sys.stderr)
         return 2
-    lines = compare(port)
+    lines = compare(port, dtypes)
     for line in lines:
         print(line.text)
+    print(summary(lines, port))
     return int(any(line.wrong for line in lines))
 
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
 PORT = Path(__file__).parent
@@ -36,15 +37,15 @@ def linear(weights, name, x):
     return x @ weights[name + ".weight"].T + weights[name + ".bias"]
 
 
-def layer_norm(x, weight=1.0, bias=0.0):
+def layer_norm(x, weight=1.0, bias=0.0, eps=1e-6):
     mean = x.mean(-1, keepdims=True)
     variance = x.var(-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + 1e-6) * weight + bias
+    return (x - mean) / np.sqrt(variance + eps) * weight + bias
 
 
-def rms_norm(x, weight):
+def rms_norm(x, weight, eps=1e-6):
     mean_square = (x**2).mean(-1, keepdims=True)
-    return x / np.sqrt(mean_square + 1e-6) * weight
+    return x / np.sqrt(mean_square + eps) * weight
 
 
 def silu(x):
@@ -382,19 +383,28 @@ def enlarge(frames, height, width):
 # The transformer
 
 
-def rotary_angles(grid, head_dim):
-    """(N, head_dim / 2): the angle of each token's pairs of channels, first those by frame, then by
-    row, then by column."""
+def token_positions(grid):
+    """(N, 3): the frame, row and column of each token, in (h, w, t) order."""
     frames, height, width = grid
-    spatial = 2 * (head_dim // 6)
-    by_frame = frequencies(head_dim - 2 * spatial)
-    by_position = frequencies(spatial)
-    angles = []
+    positions = []
     for h in range(height):
         for w in range(width):
             for t in range(frames):
-                angles.append(np.concatenate([t * by_frame, h * by_position, w * by_position]))
-    return np.array(angles)
+                positions.append((t, h, w))
+    return np.array(positions)
+
+
+def rotary_angles(positions, head_dim):
+    """(N, head_dim / 2): the angle of each token's pairs of channels, first those by frame, then by
+    row, then by column. `positions` is (N, 3). In float64: far out, float32 is too coarse."""
+    spatial = 2 * (head_dim // 6)
+    by_frame = frequencies(head_dim - 2 * spatial)
+    by_position = frequencies(spatial)
+    frame, row, column = positions.T
+    return np.concatenate(
+        [np.outer(frame, by_frame), np.outer(row, by_position), np.outer(column, by_position)],
+        axis=1,
+    )
 
 
 def frequencies(channels):
@@ -495,7 +505,8 @@ def embed(weights, config, latents, timestep, text, note):
     text = gelu(linear(weights, "condition_embedder.text_embedder.linear_1", text))
     text = linear(weights, "condition_embedder.text_embedder.linear_2", text)
     note("text", text)
-    angles = rotary_angles((frames, height, width), config["attention_head_dim"])
+    positions = token_positions((frames, height, width))
+    angles = rotary_angles(positions, config["attention_head_dim"])
     note("rotary.cos", np.cos(angles))
     note("rotary.sin", np.sin(angles))
     return tokens, time, modulation, text, angles
@@ -591,12 +602,17 @@ def attention_scale(meta, config):
     return math.sqrt(math.log(2 * tokens, tokens) / config["attention_head_dim"])
 
 
-def noise_levels(steps, strength, flow_shift):
-    """Those of the last int(steps * strength) of `steps` steps, then 0."""
+def schedule(steps, strength, flow_shift):
+    """Noise levels of the last int(steps * strength) of `steps` steps, then 0; and the timesteps,
+    1000 times the levels, truncated. Both in float64, in this order of operations: in float32 some
+    timesteps would be one less. Levels, which are not truncated, are rounded to float32 in the
+    end."""
     levels = 0.999 * (1 - np.arange(steps) / steps)  # not from 1
     levels = flow_shift * levels / (1 + (flow_shift - 1) * levels)
-    kept = np.append(levels[steps - int(steps * strength) :], 0)
-    return kept.astype(np.float32).astype(np.float64)
+    levels = levels[steps - int(steps * strength) :]
+    timesteps = (1000 * levels).astype(int)
+    levels = np.append(levels, 0)
+    return levels.astype(np.float32).astype(np.float64), timesteps
 
 
 def unipc(levels, start, predictions, index, corrected=None):
@@ -650,16 +666,30 @@ def solve(levels, latents, velocity_at):
         yield latents
 
 
+def generate(weights, config, latents, text, negative, steps, flow_shift, guidance):
+    """A base clip from noise at native size; yields the latents after each step. No windows, one
+    path, and the ordinary attention scale."""
+    levels, timesteps = schedule(steps, 1.0, flow_shift)
+    scale = config["attention_head_dim"] ** -0.5
+
+    def velocity_at(latents, index):
+        given = (weights, config, latents, timesteps[index])
+        cond = predict(*given, text, scale, None, dual=False)
+        uncond = predict(*given, negative, scale, None, dual=False)
+        return uncond + guidance * (cond - uncond)
+
+    yield from solve(levels, latents, velocity_at)
+
+
 def refine(weights, config, meta, latents, text, negative, cache_interval=None):
     """The refinement of noised latents; yields those after each step."""
     scale = attention_scale(meta, config)
     mask = window_mask(meta["grid"], meta["native"])
-    levels = noise_levels(meta["steps"], meta["strength"], meta["flow_shift"])
+    levels, timesteps = schedule(meta["steps"], meta["strength"], meta["flow_shift"])
     cache = None if cache_interval is None else {}
 
     def velocity_at(latents, index):
-        timestep = int(1000 * levels[index])  # truncated; the noise level is not
-        given = (weights, config, latents, timestep)
+        given = (weights, config, latents, timesteps[index])
         is_dual = cache_interval is None or index % cache_interval == 0
         cond = predict(*given, text, scale, mask, is_dual, cache)
         uncond = predict(*given, negative, scale, mask, dual=cache_interval is None)
@@ -677,10 +707,17 @@ def load_json(file):
 
 
 def load_weights(folder):
+    """All in float64, whatever the dtype in the file: that of the computation is the port's."""
     (file,) = folder.glob("*.safetensors")
     weights = {}
-    for name, value in load_file(file).items():
-        weights[name] = value.astype(np.float64)
+    for name, entry in deserialize(file.read_bytes()):
+        data = bytes(entry["data"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            upper = np.frombuffer(data, np.uint16).astype(np.uint32)
+            value = (upper << 16).view(np.float32)
+        else:
+            value = np.frombuffer(data, np.float32)
+        weights[name] = value.reshape(entry["shape"]).astype(np.float64)
     return weights
 
 
@@ -701,7 +738,7 @@ def load_vae(case):
 
 
 def as_video(frames):
-    """uint8 (F, H, W, 3) to (3, F, H, W) in [-1, 1]."""
+    """uint8 (F, H, W, 3) to (3, F, H, W) in [-1, 1]. 255 is 1, and 0 is -1."""
     return frames.transpose(3, 0, 1, 2) / 127.5 - 1
 
 
@@ -713,7 +750,14 @@ def text_steps(note):
     mask = inputs["umt5.mask"]
     note("umt5.ids", ids)
     note("umt5.mask", mask)
-    return encode_text(weights, config, ids, mask, prefixed(note, "umt5."))
+    text = encode_text(weights, config, ids, mask, prefixed(note, "umt5."))
+
+    # What the table and the layers add, made small: then the epsilons of all norms matter.
+    for name in weights:
+        if name.endswith(("shared.weight", "SelfAttention.o.weight", "wo.weight")):
+            weights[name] = 1e-3 * weights[name]
+    note("umt5.small", encode_text(weights, config, ids, mask))
+    return text
 
 
 def norm_steps(note):
@@ -722,12 +766,12 @@ def norm_steps(note):
     note("norm.input", small)
     note("norm.layer", layer_norm(small))
     note("norm.rms", rms_norm(small, 1.0))
-    as_channels = 1e-9 * small.T[:, :, None, None]
+    as_channels = 1e-2 * small.T[:, :, None, None]
     note("norm.vae", channel_norm(as_channels, np.ones(len(as_channels)))[..., 0, 0].T)
 
 
 def vae_steps(note):
-    """A corner of the set `wide`'s video, chunk by chunk, then a frame of several tiles."""
+    """A corner of the set `wide`'s video, chunk by chunk, then frames of several tiles."""
     weights, config = load_vae("wide")
     *_, given = load("wide")
     whole = as_video(given["video"])
@@ -742,17 +786,26 @@ def vae_steps(note):
         note_history(note, f"vae.encode.history{t}", history)
         note(f"vae.encode.chunk{t}", mean)
         means.append(mean)
+    encoded = encode(weights, config, video)
+    note("vae.encoded", encoded)
     history = {}
     for t, mean in enumerate(means):
         note_layers = prefixed(note, "vae.decode.") if t == 1 else ignore
         frames = decode_chunk(weights, config, mean, history, note_layers)
         note_history(note, f"vae.decode.history{t}", history)
         note(f"vae.decode.chunk{t}", frames)
+    decoded = decode(weights, config, encoded)
+    note("vae.decoded", decoded)
+    note("upsampled.decoded", enlarge(decoded, 20, 30))  # not rounded to 8 bits before
 
-    frame = np.tile(whole[:, :1], (1, 1, 3, 2))[:, :, :264, :272]
-    latents = encode(weights, config, frame)
+    repeated = np.tile(whole[:, :1], (1, 1, 3, 2))
+    latents = encode(weights, config, repeated[:, :, :264, :272])
     note("vae.tiled.encoded", latents)
-    note("vae.tiled.decoded", decode(weights, config, latents))
+    note("vae.tiled.decoded", decode(weights, config, latents)[:, :, 184:])
+    # Only the width needs tiles, and the last tiles are shorter than the overlap.
+    latents = encode(weights, config, repeated[:, :, :208, :400])
+    note("vae.strip.encoded", latents)
+    note("vae.strip.decoded", decode(weights, config, latents)[:, :, 184:])
 
 
 def note_history(note, prefix, history):
@@ -782,10 +835,67 @@ def transformer_steps(note, weights, config, meta, given):
     ended = text * (np.arange(len(text)) < 7)[:, None]  # a text of 7 tokens, then zeros
     note("zeros.velocity", predict(*first, ended, *rest, dual=False))
 
+    small = predict(make_small(weights), *first[1:], text, *rest, dual=True, note=only(SMALL, note))
+    note("small.velocity", small)
+    folder = REFERENCE / "bfloat16"
+    stored = (load_weights(folder), load_json(folder / "config.json"))
+    latents = given["latents"]
+    velocity = predict(*stored, latents, given["timestep"], text, *rest, dual=False)
+    note("bfloat16.velocity", velocity)
+
+
+SMALL = {  # what is noted with small weights: the output of every norm, or what follows it
+    "block0.modulated": "small.modulated",
+    "block0.query.norm": "small.query.norm",
+    "block0.key.norm": "small.key.norm",
+    "block0.cross.query.norm": "small.cross.query.norm",
+    "block0.cross.key.norm": "small.cross.key.norm",
+    "block0.ffn.hidden": "small.ffn.hidden",
+}
+
+
+def make_small(weights):
+    """All that makes or changes tokens, and all queries and keys, divided by 1000: then the
+    epsilons of all norms matter."""
+    endings = ("to_q", "to_k", "to_out.0", "ffn.net.2", "patch_embedding")
+    small = {}
+    for name, value in weights.items():
+        layer = name.rpartition(".")[0]
+        small[name] = value / 1000 if layer.endswith(endings) else value
+    return small
+
+
+def only(names, note):
+    """A `note` that knows only these names, {name: what it is called}."""
+
+    def note_some(name, value):
+        if name in names:
+            note(names[name], value)
+
+    return note_some
+
+
+def rotary_steps(note):
+    """Far out, float32 is too coarse for the angles: the last 21 tokens of a wide grid."""
+    positions = token_positions((21, 2, 960))[-21:]
+    angles = rotary_angles(positions, 128)
+    note("rotary.far.cos", np.cos(angles))
+    note("rotary.far.sin", np.sin(angles))
+
+
+def timestep_steps(note):
+    """Of whole schedules, where rounding in float32 would show."""
+    found = []
+    for steps in (4, 6, 10, 20, 35, 50):
+        for flow_shift in (1.0, 3.0, 5.0, 9.0):
+            _, timesteps = schedule(steps, 1.0, flow_shift)
+            found.append(timesteps)
+    note("unipc.timesteps", np.concatenate(found))
+
 
 def solver_steps(note, meta, given):
     """Away from the clean latents: any velocity shows the solver at work."""
-    levels = noise_levels(meta["steps"], meta["strength"], meta["flow_shift"])
+    levels, _ = schedule(meta["steps"], meta["strength"], meta["flow_shift"])
     note("unipc.levels", levels)
     away = given["init_latents"] - given["encoded"]
 
@@ -796,14 +906,25 @@ def solver_steps(note, meta, given):
         note(f"unipc.latents{index}", latents)
 
 
+def base_steps(note, weights, config, meta, given):
+    """A base clip of the native size, from the noise in the file."""
+    noise = load_file(PORT / "steps.safetensors")["base.noise"].astype(np.float64)
+    note("base.noise", noise)
+    texts = (given["text"], given["negative"])
+    settings = {"steps": 3, "flow_shift": 3.0, "guidance": meta["guidance"]}
+    for index, latents in enumerate(generate(weights, config, noise, *texts, **settings)):
+        note(f"base.step{index}", latents)
+
+
 def whole_steps(note, weights, config, meta, given, text):
     """From the video to the refined, decoded clip. The noise is what the reference drew."""
     vae, vae_config = load_vae("odd")
     encoded = encode(vae, vae_config, as_video(given["video"]))
     note("encoded", encoded)
-    level = noise_levels(meta["steps"], meta["strength"], meta["flow_shift"])[0]
-    noise = (given["init_latents"] - (1 - level) * given["encoded"]) / level
-    start = (1 - level) * encoded + level * noise
+    noise = load_file(PORT / "steps.safetensors")["refine.noise"].astype(np.float64)
+    note("refine.noise", noise)
+    levels, _ = schedule(meta["steps"], meta["strength"], meta["flow_shift"])
+    start = (1 - levels[0]) * encoded + levels[0] * noise
     note("init_latents", start)
     model = (weights, config, meta, start)
     texts = (given["text"], given["negative"])
@@ -830,8 +951,11 @@ def steps():
     vae_steps(note)
     odd = load("odd")
     transformer_steps(note, *odd)
+    rotary_steps(note)
     _, _, meta, given = odd
+    timestep_steps(note)
     solver_steps(note, meta, given)
+    base_steps(note, *odd)
     whole_steps(note, *odd, text)
     return found
 

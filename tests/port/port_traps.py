@@ -3,6 +3,7 @@ of tests/port/port_numpy.py, and prints which tensor tests/port/port_check.py na
 far that one is off.
 """
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +24,7 @@ class Trap(NamedTuple):
 
 
 EXACT_GELU = "(lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))"
-LAYER1 = "vae.encode.history0.encoder.down_blocks.0.conv1"
-LAYER2 = "vae.encode.history0.encoder.down_blocks.2.conv1"
+SECOND_LAYER = "vae.encode.history0.encoder.down_blocks.2.conv1"
 TIME_CONV = "vae.decode.history0.decoder.up_blocks.0.upsamplers.0.time_conv"
 
 TRAPS = [
@@ -72,16 +72,26 @@ TRAPS = [
         "umt5.text",
         (("x = x * (mask > 0)[:, None]", "x = x * 1"),),
     ),
+    Trap(
+        "UMT5: an epsilon of 1e-5",
+        "umt5.small",
+        (
+            (
+                'rms_norm(x, weights[f"{attention}.layer_norm.weight"])',
+                'rms_norm(x, weights[f"{attention}.layer_norm.weight"], 1e-5)',
+            ),
+        ),
+    ),
     # Norms
     Trap(
         "layer norm with an epsilon of 1e-5",
         "norm.layer",
-        (("np.sqrt(variance + 1e-6)", "np.sqrt(variance + 1e-5)"),),
+        (("bias=0.0, eps=1e-6", "bias=0.0, eps=1e-5"),),
     ),
     Trap(
-        "the norms of query and key with an epsilon of 1e-5",
+        "root-mean-square norm with an epsilon of 1e-5",
         "norm.rms",
-        (("np.sqrt(mean_square + 1e-6) * weight", "np.sqrt(mean_square + 1e-5) * weight"),),
+        (("def rms_norm(x, weight, eps=1e-6)", "def rms_norm(x, weight, eps=1e-5)"),),
     ),
     Trap(
         "the VAE's norm with an epsilon of 1e-12",
@@ -111,7 +121,7 @@ TRAPS = [
     ),
     Trap(
         "downsampling pads left and top",
-        LAYER2,
+        SECOND_LAYER,
         (("(0, 1), (0, 1)))  # right and bottom only", "(1, 0), (1, 0)))"),),
     ),
     Trap(
@@ -158,6 +168,65 @@ TRAPS = [
         "tiles blended over one pixel less",
         "vae.tiled.encoded",
         (("share = index / overlap", "share = index / (overlap - 1)"),),
+    ),
+    Trap(
+        "tiles only along the axis that is too long",
+        "vae.strip.encoded",
+        (
+            (
+                "for top in range(0, x.shape[2], stride):",
+                "for top in range(0, x.shape[2] if x.shape[2] > tile else 1, stride):",
+            ),
+        ),
+    ),
+    Trap(
+        "short last tiles faded in over the whole overlap",
+        "vae.strip.encoded",
+        (
+            ("    overlap = min(overlap,", "    whole = overlap\n    overlap = min(overlap,"),
+            ("share = index / overlap", "share = index / whole"),
+        ),
+    ),
+    Trap(
+        "pixels from 0 to 1",
+        "upsampled",
+        (("/ 127.5 - 1", "/ 255"),),
+    ),
+    Trap(
+        "pixels rounded to 8 bits before they are enlarged",
+        "upsampled.decoded",
+        (
+            (
+                "enlarge(decoded, 20, 30)",
+                "enlarge(np.round((decoded + 1) * 127.5) / 127.5 - 1, 20, 30)",
+            ),
+        ),
+    ),
+    Trap(
+        "means and deviations exchanged",
+        "vae.encoded",
+        (("return (latents - mean) / std", "return (latents - std) / mean"),),
+    ),
+    Trap(
+        "latents sampled, instead of the mean",
+        "vae.encoded",
+        (
+            (
+                "return (latents - mean) / std",
+                "noise = np.random.default_rng(0).normal(size=latents.shape)\n"
+                "    return (latents + 0.1 * noise - mean) / std",
+            ),
+        ),
+    ),
+    Trap(
+        "decoded pixels not clamped",
+        "vae.decoded",
+        (("return video.clip(-1, 1)", "return video"),),
+    ),
+    Trap(
+        "no scale in the VAE's attention",
+        "vae.encode.history0.encoder.mid_block.resnets.1.conv1",
+        (("softmax(query.T @ key / math.sqrt(channels))", "softmax(query.T @ key)"),),
     ),
     # The transformer
     Trap(
@@ -212,10 +281,8 @@ TRAPS = [
         "the rotary split with its longest part last, not first",
         "dit.rotary.cos",
         (
-            (
-                "[t * by_frame, h * by_position, w * by_position]",
-                "[t * by_position, h * by_position, w * by_frame]",
-            ),
+            ("[np.outer(frame, by_frame)", "[np.outer(frame, by_position)"),
+            ("np.outer(column, by_position)]", "np.outer(column, by_frame)]"),
         ),
     ),
     Trap(
@@ -329,10 +396,121 @@ TRAPS = [
             ("attend(*parts, scale).reshape", "attend(*parts, scale, embed.seen[None]).reshape"),
         ),
     ),
-    # The solver and the refinement
+    Trap(
+        "an epsilon of 1e-5 before the self-attention",
+        "small.modulated",
+        (
+            (
+                "modulation[:3]\n    x = layer_norm(tokens)",
+                "modulation[:3]\n    x = layer_norm(tokens, eps=1e-5)",
+            ),
+        ),
+    ),
+    Trap(
+        "an epsilon of 1e-5 for the query",
+        "small.query.norm",
+        (('norm_q.weight"])  # over all heads', 'norm_q.weight"], 1e-5)'),),
+    ),
+    Trap(
+        "an epsilon of 1e-5 for the key",
+        "small.key.norm",
+        (
+            (
+                'key = rms_norm(key, weights[f"{block}.attn1.norm_k.weight"])',
+                'key = rms_norm(key, weights[f"{block}.attn1.norm_k.weight"], 1e-5)',
+            ),
+        ),
+    ),
+    Trap(
+        "an epsilon of 1e-5 before the cross-attention",
+        "small.cross.query.norm",
+        (('weights[f"{block}.norm2.bias"])', 'weights[f"{block}.norm2.bias"], 1e-5)'),),
+    ),
+    Trap(
+        "an epsilon of 1e-5 for the cross-attention's query",
+        "small.cross.query.norm",
+        (
+            (
+                'query = rms_norm(query, weights[f"{block}.attn2.norm_q.weight"])',
+                'query = rms_norm(query, weights[f"{block}.attn2.norm_q.weight"], 1e-5)',
+            ),
+        ),
+    ),
+    Trap(
+        "an epsilon of 1e-5 for the cross-attention's key",
+        "small.cross.key.norm",
+        (
+            (
+                'key = rms_norm(key, weights[f"{block}.attn2.norm_k.weight"])',
+                'key = rms_norm(key, weights[f"{block}.attn2.norm_k.weight"], 1e-5)',
+            ),
+        ),
+    ),
+    Trap(
+        "an epsilon of 1e-5 before the feed-forward network",
+        "small.ffn.hidden",
+        (
+            (
+                "modulation[3:]\n    x = layer_norm(tokens)",
+                "modulation[3:]\n    x = layer_norm(tokens, eps=1e-5)",
+            ),
+        ),
+    ),
+    Trap(
+        "an epsilon of 1e-5 in the last layer",
+        "small.velocity",
+        (('"proj_out", layer_norm(tokens)', '"proj_out", layer_norm(tokens, eps=1e-5)'),),
+    ),
+    Trap(
+        "computed in the bfloat16 in which weights are stored",
+        "bfloat16.velocity",
+        (
+            (
+                '    latents = given["latents"]\n',
+                '    latents = given["latents"].copy()\n'
+                "    latents.view(np.uint32)[:] &= 0xFFFF0000\n",
+            ),
+        ),
+    ),
+    Trap(
+        "rotary angles in float32",
+        "rotary.far.cos",
+        (
+            (
+                "frame, row, column = positions.T",
+                "frame, row, column = positions.T * np.float32(1)",
+            ),
+            (
+                "return 10000.0 ** (-np.arange(0, channels, 2) / channels)",
+                "exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)\n"
+                "    return np.float32(10000) ** -exponents",
+            ),
+        ),
+    ),
+    # The solver, the base clip and the refinement
+    Trap(
+        "the schedule in float32",
+        "unipc.timesteps",
+        (
+            (
+                "levels = 0.999 * (1 - np.arange(steps) / steps)",
+                "levels = 0.999 * (1 - np.arange(steps, dtype=np.float32) / np.float32(steps))",
+            ),
+        ),
+    ),
+    Trap(
+        "the refinement's attention scale in the base clip too",
+        "base.step0",
+        (
+            (
+                'scale = config["attention_head_dim"] ** -0.5',
+                'scale = 1.05 * config["attention_head_dim"] ** -0.5',
+            ),
+        ),
+    ),
     Trap(
         "noise levels that begin at 1, not at 0.999",
-        "unipc.levels",
+        "unipc.timesteps",
         (("levels = 0.999 * (1", "levels = 0.999999 * (1"),),  # at 1 itself, it divides by 0
     ),
     Trap(
@@ -340,8 +518,8 @@ TRAPS = [
         "unipc.levels",
         (
             (
-                "kept.astype(np.float32).astype(np.float64)",
-                "np.floor(1000 * kept) / 1000",
+                "return levels.astype(np.float32).astype(np.float64), timesteps",
+                "return np.floor(1000 * levels) / 1000, timesteps",
             ),
         ),
     ),
@@ -357,8 +535,8 @@ TRAPS = [
     ),
     Trap(
         "a timestep that is not truncated",
-        "refine.step0",
-        (("int(1000 * levels[index])", "1000 * levels[index]"),),
+        "unipc.timesteps",
+        (("timesteps = (1000 * levels).astype(int)", "timesteps = 1000 * levels"),),
     ),
     Trap(
         "guidance counted from the positive prompt",
@@ -415,7 +593,13 @@ def main():
     print("| mistake | seen first in | off by |\n|---|---|---|")
     for trap in TRAPS:
         line = first_line(trap)
-        print(f"| {trap.mistake} | `{line.name}` | {line.text.split()[2]} |")
+        print(f"| {trap.mistake} | `{line.name}` | {how_far(line)} |")
+
+
+def how_far(line):
+    """From a line such as "WRONG mask: 4.5e-01 off, at most 5e-05; see …": 4.5e-01."""
+    figure = re.search(r": (\S+) off,", line.text)
+    return figure[1] if figure else "not finite"
 
 
 if __name__ == "__main__":

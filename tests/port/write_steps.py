@@ -6,6 +6,9 @@ with.
 tests/reference/README.md describes the values. Other tests show that this code agrees with
 the references, and tests/port/test_port.py that the file is what this script writes. The order of
 the computation is in the file's metadata, under "order".
+
+With a folder, `python tests/port/write_steps.py OUT.safetensors FOLDER`, it also writes the model
+tests/reference/bfloat16 there: the transformer of the set `odd` with one block, in bfloat16.
 """
 
 import json
@@ -13,14 +16,22 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from references import REFERENCE, as_clip, load, refined
 
-from freeswim import FlowUniPC, predict_dual, upsample
-from model import ChannelNorm, TextEncoder, WanVAE, checkpoint_name
+from freeswim import FlowUniPC, draw_noise, generate, predict_dual, upsample
+from model import (
+    ChannelNorm,
+    TextEncoder,
+    WanTransformer,
+    WanVAE,
+    checkpoint_name,
+    read_json,
+    rotary_table,
+)
 
 
 class Notes:
@@ -73,7 +84,22 @@ def text_steps(notes):
     assert torch.equal(x, encoder(ids, mask))
     text = x * mask[..., None]
     notes.add("umt5.text", text[0])
+    notes.add("umt5.small", small_text(ids, mask)[0])
     return text
+
+
+def small_text(ids, mask):
+    """Embeddings by the same encoder, with what the table and the layers add divided by 1000: then
+    the epsilons of all norms matter."""
+    config = read_json(REFERENCE / "umt5" / "config.json")
+    encoder = TextEncoder(config).eval()
+    state = {}
+    for name, value in load_file(REFERENCE / "umt5" / "model.safetensors").items():
+        is_divided = name.endswith(("shared.weight", "SelfAttention.o.weight", "wo.weight"))
+        state[name] = value / 1000 if is_divided else value
+    for name, parameter in encoder.named_parameters():
+        parameter.copy_(state[checkpoint_name(TextEncoder, name)])
+    return encoder(ids, mask) * mask[..., None]
 
 
 def norm_steps(notes):
@@ -82,13 +108,13 @@ def norm_steps(notes):
     notes.add("norm.input", small)
     notes.add("norm.layer", torch.nn.functional.layer_norm(small, (60,), eps=1e-6))
     notes.add("norm.rms", torch.nn.RMSNorm(60, 1e-6)(small))
-    as_channels = 1e-9 * small.T[None, :, :, None, None].double()
+    as_channels = 1e-2 * small.T[None, :, :, None, None].double()
     notes.add("norm.vae", ChannelNorm(60).double()(as_channels)[0, :, :, 0, 0].T.float())
 
 
 def vae_steps(notes):
     """A corner of the set `wide`'s video, a chunk at a time, with what every layer remembers after
-    it; then a frame of several tiles."""
+    it; then frames of several tiles."""
     case = load("wide")
     vae = case.vae
     whole = as_clip(case.expected["video"])
@@ -124,6 +150,8 @@ def vae_steps(notes):
         note_history(f"vae.encode.history{t}", history)
         notes.add(f"vae.encode.chunk{t}", mean[0])
         means.append(mean)
+    encoded = vae.encode(video)
+    notes.add("vae.encoded", encoded[0])
     history = {}
     for t, mean in enumerate(means):
         hooks = note_both_sides(up, "vae.decode.upsample") if t == 1 else ()
@@ -132,13 +160,18 @@ def vae_steps(notes):
             hook.remove()
         note_history(f"vae.decode.history{t}", history)
         notes.add(f"vae.decode.chunk{t}", frames[0])
-    normalised = (torch.cat(means, 2) - vae.mean) / vae.std
-    assert torch.equal(vae.encode(video), normalised)
+    assert torch.equal(encoded, (torch.cat(means, 2) - vae.mean) / vae.std)
+    decoded = vae.decode(encoded)
+    notes.add("vae.decoded", decoded[0])
+    notes.add("upsampled.decoded", upsample(decoded, 20, 30)[0])
 
-    frame = whole[:, :, :1].repeat(1, 1, 1, 3, 2)[..., :264, :272]
-    latents = vae.encode(frame)
+    repeated = whole[:, :, :1].repeat(1, 1, 1, 3, 2)
+    latents = vae.encode(repeated[..., :264, :272])
     notes.add("vae.tiled.encoded", latents[0])
-    notes.add("vae.tiled.decoded", vae.decode(latents)[0])
+    notes.add("vae.tiled.decoded", vae.decode(latents)[0, :, :, 184:])
+    latents = vae.encode(repeated[..., :208, :400])
+    notes.add("vae.strip.encoded", latents[0])
+    notes.add("vae.strip.decoded", vae.decode(latents)[0, :, :, 184:])
 
 
 def noting(notes, attend, prefix):
@@ -226,6 +259,58 @@ def transformer_steps(notes, case):
     notes.place("guide_window", "reuse_window", "window_only_negative")
     ended = text * (torch.arange(text.shape[1]) < 7)[:, None]
     notes.add("zeros.velocity", net(latents, timestep, ended, case.window)[0])
+    small_steps(notes, case)
+    stored = WanTransformer.from_pretrained(REFERENCE / "bfloat16")
+    notes.add("bfloat16.velocity", stored(latents, timestep, text, case.window)[0])
+
+
+def small_steps(notes, case):
+    """The dual pass with all that makes or changes tokens, and all queries and keys, divided by
+    1000: then the epsilons of all norms matter."""
+    net = WanTransformer.from_pretrained(REFERENCE / "odd" / "transformer")
+    divided = [net.patch_embedding]
+    for block in net.blocks:
+        for attention in (block.self_attn, block.cross_attn):
+            divided += [attention.to_q, attention.to_k, attention.to_out]
+        divided.append(block.ffn[2])
+    for layer in divided:
+        layer.weight.div_(1000)
+        layer.bias.div_(1000)
+
+    def note_input(layer, inputs):
+        notes.add("small.modulated", inputs[0][0])
+
+    block = net.blocks[0]
+    hooks = [
+        block.self_attn.to_q.register_forward_pre_hook(note_input),
+        notes.watch(block.self_attn.norm_q, "small.query.norm"),
+        notes.watch(block.self_attn.norm_k, "small.key.norm"),
+        notes.watch(block.cross_attn.norm_q, "small.cross.query.norm"),
+        notes.watch(block.cross_attn.norm_k, "small.cross.key.norm"),
+        notes.watch(block.ffn[1], "small.ffn.hidden"),
+    ]
+    given = case.expected
+    inputs = (given["latents"], given["timestep"], given["text"])
+    velocity = predict_dual(net, *inputs, case.window, case.full)
+    for hook in hooks:
+        hook.remove()
+    notes.add("small.velocity", velocity[0])
+
+
+def rotary_steps(notes):
+    """Far out, float32 is too coarse for the angles: the last 21 tokens of a wide grid."""
+    cos, sin = rotary_table((21, 2, 960), 128, "cpu")
+    notes.add("rotary.far.cos", cos[-21:].squeeze(1))
+    notes.add("rotary.far.sin", sin[-21:].squeeze(1))
+
+
+def timestep_steps(notes):
+    """Of whole schedules, where rounding in float32 would show."""
+    found = []
+    for steps in (4, 6, 10, 20, 35, 50):
+        for flow_shift in (1.0, 3.0, 5.0, 9.0):
+            found += FlowUniPC(steps, flow_shift).timesteps
+    notes.add("unipc.timesteps", torch.tensor(found))
 
 
 def solver_steps(notes, case):
@@ -241,9 +326,34 @@ def solver_steps(notes, case):
         notes.add(f"unipc.latents{index}", latents[0])
 
 
+def base_steps(notes, case):
+    """A base clip of the native size."""
+    rows, columns = case.meta["native"]
+    shape = (1, 16, 2, 2 * rows, 2 * columns)
+    notes.add("base.noise", draw_noise(shape, torch.Generator().manual_seed(6), "cpu")[0])
+    texts = (case.expected["text"], case.expected["negative"])
+    trace = []
+
+    # Each step calls the transformer twice, with the latents that the step before has left.
+    def note_latents(transformer, inputs):
+        trace.append(inputs[0])
+
+    hook = case.transformer.register_forward_pre_hook(note_latents)
+    draw = torch.Generator().manual_seed(6)
+    settings = {"steps": 3, "flow_shift": 3.0, "guidance": case.meta["guidance"]}
+    latents = generate(case.transformer, *texts, shape, generator=draw, **settings)
+    hook.remove()
+    for index, latents_before in enumerate([*trace[2::2], latents]):
+        notes.add(f"base.step{index}", latents_before[0])
+
+
 def refinement_steps(notes, case, text):
     """What the authors' files do not have: interval 2, and the text that text_steps encoded."""
-    notes.place("encoded", "init_latents")
+    notes.place("encoded")
+    draw = torch.Generator().manual_seed(case.meta["noise_seed"])
+    noise = draw_noise(case.expected["encoded"].shape, draw, "cpu")
+    notes.add("refine.noise", noise[0])
+    notes.place("init_latents")
     for index in range(len(case.meta["timesteps"])):
         notes.place(f"refine.step{index}")
     notes.place("decoded")
@@ -262,15 +372,34 @@ def steps():
     vae_steps(notes)
     odd = load("odd")
     transformer_steps(notes, odd)
+    rotary_steps(notes)
+    timestep_steps(notes)
     solver_steps(notes, odd)
+    base_steps(notes, odd)
     refinement_steps(notes, odd, text)
     return notes.found, notes.order
 
 
-def main(file):
+def write_bfloat16(folder):
+    """The transformer of the set `odd` with one block, stored in bfloat16."""
+    odd = REFERENCE / "odd" / "transformer"
+    folder.mkdir(parents=True)
+    config = read_json(odd / "config.json") | {"num_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (file,) = odd.glob("*.safetensors")
+    state = {}
+    for name, value in load_file(file).items():
+        if not name.startswith("blocks.") or name.startswith("blocks.0."):
+            state[name] = value.bfloat16()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def main(file, folder=None):
+    if folder is not None:
+        write_bfloat16(Path(folder))
     found, order = steps()
     save_file(found, file, {"order": json.dumps(order)})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
