@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from oracle import relative
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -28,6 +29,7 @@ from tiny.train import Muon, cut_windows
 
 TINY = Path(__file__).parent.parent / "tiny"
 RECORDED = Path(__file__).parent / "reference" / "tiny.safetensors"
+AQUARIUM = Path(__file__).parent / "reference" / "aquarium.safetensors"
 PROMPTS = [
     f"a large {colour} plain fish swims right above a sandy floor" for colour in world.COLOURS
 ]
@@ -54,6 +56,33 @@ def embeddings():
     return encode_prompt(
         encoder, load_tokenizer(TINY / "tokenizer", BUNDLED.text_length), [*PROMPTS, ""]
     )
+
+
+def test_scenes_are_those_that_the_model_was_trained_on():
+    """Their captions, and their pictures up to the last grey level, as they were recorded."""
+    with safe_open(AQUARIUM, "pt") as recorded:
+        metadata = recorded.metadata()
+        frames = recorded.get_tensor("frames")
+        of_windows = recorded.get_tensor("windows")
+    scenes = world.sample_scenes(40, torch.Generator().manual_seed(11))
+    draw = torch.Generator().manual_seed(12)
+    left = torch.rand(40, generator=draw)
+    top = torch.rand(40, generator=draw) / 2
+    window = (left, top, torch.full((40,), 1 / 160))
+    assert world.captions(scenes) == json.loads(metadata["captions"])
+    in_windows = world.captions(scenes, window, (64, 96))
+    assert in_windows == json.loads(metadata["captions of windows"])
+
+    few = {name: value[:3] for name, value in scenes.items()}
+    assert grey_levels_off(world.render(few, 64, 96, 5), frames) <= 1
+    few_windows = [part[:3] for part in window]
+    assert grey_levels_off(world.render(few, 64, 96, 5, few_windows), of_windows) <= 1
+
+
+def grey_levels_off(video, recorded):
+    """Between every fourth frame of clips in [-1, 1], and recorded ones, uint8."""
+    levels = ((video[:, :, ::4] + 1) * 127.5).round()
+    return (levels - recorded).abs().max()
 
 
 def test_a_scene_is_the_same_at_every_size():

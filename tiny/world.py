@@ -18,94 +18,136 @@ COLOURS = {
     "purple": (0.52, 0.20, 0.78),
 }
 PATTERNS = ("plain", "striped", "spotted")
-WIDTH, FPS, FISH, BLADES, BUBBLES = 1.5, 16, 2, 3, 3
+WIDTH = 1.5
+FPS = 16
+FISH = 2  # at the most; so many rows are drawn for every scene
+BLADES = 3  # of seaweed
+BUBBLES = 3
 WORDS = (
     "a two large small fish swims swim left right and above a sandy floor with seaweed bubbles"
 ).split()
 
+# --------------------------------------------------------------------------------------------------
+# Scenes
+
+
+class Draw:
+    """Random numbers for `count` scenes."""
+
+    def __init__(self, count, generator):
+        self.count = count
+        self.generator = generator
+
+    def uniform(self, low, high, *shape):
+        numbers = torch.rand(self.count, *shape, generator=self.generator)
+        return low + (high - low) * numbers
+
+    def choice(self, options, *shape):
+        return torch.randint(0, options, (self.count, *shape), generator=self.generator)
+
+    def apart(self, things):
+        """Places along the floor, so that no thing hides another."""
+        within_its_part = self.uniform(0.2, 0.8, things)
+        return (torch.arange(things) + within_its_part) * WIDTH / things
+
 
 def sample_scenes(count, generator, frames=17):
-    """`count` random scenes: one fish, or, of three, one time two in two different colours, one
+    """`count` random scenes: one fish, or, in a third of them, two in two different colours, one
     above the other."""
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
-
-    def choice(options, *shape):
-        return torch.randint(0, options, (count, *shape), generator=generator)
-
-    def apart(things):  # along the floor, so that none hides another
-        return (torch.arange(things) + uniform(0.2, 0.8, things)) * WIDTH / things
-
-    colour = choice(len(COLOURS), FISH)
-    colour[:, 1] = (colour[:, 0] + 1 + choice(len(COLOURS) - 1)) % len(COLOURS)
-    two = choice(3) == 0
-    length = torch.where(choice(2, FISH) == 0, uniform(0.30, 0.38, FISH), uniform(0.60, 0.74, FISH))
-    length = torch.where(two[:, None], length.clamp(max=0.62), length)
-    direction = 2 * choice(2, FISH) - 1
-    speed = uniform(0.12, 0.25, FISH)
-    middle = (
-        uniform(0, 1, FISH) * (WIDTH - length - 0.1) + length / 2 + 0.05
-    )  # where it is half-way through the clip
-    room = 0.84 - 0.44 * length.sum(1, keepdim=True)  # the height that two fish leave free
-    gaps = torch.sort(uniform(0, 1, FISH), dim=1).values * room.clamp(min=0)
-    above = torch.cat(
-        [
-            gaps[:, :1] + 0.22 * length[:, :1],
-            gaps[:, 1:] + 0.44 * length[:, :1] + 0.22 * length[:, 1:],
-        ],
-        dim=1,
-    )
-    alone = uniform(0.03, 0.80, FISH).clamp(min=0.24 * length, max=0.82 - 0.22 * length)
+    draw = Draw(count, generator)
+    colour = draw.choice(len(COLOURS), FISH)
+    other = 1 + draw.choice(len(COLOURS) - 1)
+    colour[:, 1] = (colour[:, 0] + other) % len(COLOURS)
+    two = draw.choice(3) == 0
+    length = sample_lengths(draw, two)
+    direction = 2 * draw.choice(2, FISH) - 1
+    speed = draw.uniform(0.12, 0.25, FISH)
+    room = WIDTH - length - 0.1
+    start = draw.uniform(0, 1, FISH) * room
+    middle = start + length / 2 + 0.05  # where it is half-way through
+    above = heights_of_two(draw, length)
+    alone = draw.uniform(0.03, 0.80, FISH)
+    alone = alone.clamp(min=0.24 * length, max=0.82 - 0.22 * length)
     scenes = {
         "fish": 1 + two.long(),
         "colour": colour,
-        "pattern": choice(len(PATTERNS), FISH),
+        "pattern": draw.choice(len(PATTERNS), FISH),
         "length": length,
         "direction": direction,
         "speed": speed,
         "x": middle - direction * speed * half_time(frames),
         "y": torch.where(two[:, None], above, alone),
-        "wag": uniform(5, 8, FISH),
-        "phase": uniform(0, 6.28, FISH),
-        "floor": uniform(0.82, 0.90),
-        "dune": uniform(0, 6.28),
-        "light": uniform(-1, 1),
-        "ray": uniform(0, 6.28),
-        "seaweed": choice(2),
-        "blade_x": apart(BLADES),
-        "blade_height": uniform(0.25, 0.5, BLADES),
-        "blade_phase": uniform(0, 6.28, BLADES),
-        "bubbles": choice(2),
-        "bubble_radius": uniform(0.03, 0.05, BUBBLES),
-        "bubble_speed": uniform(0.12, 0.25, BUBBLES),
+        "wag": draw.uniform(5, 8, FISH),
+        "phase": draw.uniform(0, 6.28, FISH),
+        "floor": draw.uniform(0.82, 0.90),
+        "dune": draw.uniform(0, 6.28),
+        "light": draw.uniform(-1, 1),
+        "ray": draw.uniform(0, 6.28),
+        "seaweed": draw.choice(2),
+        "blade_x": draw.apart(BLADES),
+        "blade_height": draw.uniform(0.25, 0.5, BLADES),
+        "blade_phase": draw.uniform(0, 6.28, BLADES),
+        "bubbles": draw.choice(2),
+        "bubble_radius": draw.uniform(0.03, 0.05, BUBBLES),
+        "bubble_speed": draw.uniform(0.12, 0.25, BUBBLES),
     }
-    # A bubble rises where it meets no fish, or is not there: half hidden, it would be too hard for
-    # a tiny model.
-    scenes["bubble_x"], scenes["bubble_y"] = (
-        torch.zeros(count, BUBBLES),
-        -torch.ones(count, BUBBLES),
-    )  # above the water
+    place_bubbles(draw, scenes, frames)
+    return scenes
+
+
+def sample_lengths(draw, two):
+    """Fish are small or large, and two of them not too large."""
+    is_small = draw.choice(2, FISH) == 0
+    small = draw.uniform(0.30, 0.38, FISH)
+    large = draw.uniform(0.60, 0.74, FISH)
+    length = torch.where(is_small, small, large)
+    return torch.where(two[:, None], length.clamp(max=0.62), length)
+
+
+def heights_of_two(draw, length):
+    """y of two fish, one above the other."""
+    free = 0.84 - 0.44 * length.sum(1, keepdim=True)  # the height that they leave free
+    free = free.clamp(min=0)
+    gaps, _ = torch.sort(draw.uniform(0, 1, FISH), dim=1)
+    upper_gap, lower_gap = (gaps * free).split(1, dim=1)
+    upper_length, lower_length = length.split(1, dim=1)
+    upper = upper_gap + 0.22 * upper_length
+    lower = lower_gap + 0.44 * upper_length
+    lower = lower + 0.22 * lower_length
+    return torch.cat([upper, lower], dim=1)
+
+
+def place_bubbles(draw, scenes, frames):
+    """Let each bubble rise where it meets no fish, or leave it out: half hidden, it would be too
+    hard for a tiny model."""
+    scenes["bubble_x"] = torch.zeros(draw.count, BUBBLES)
+    scenes["bubble_y"] = -torch.ones(draw.count, BUBBLES)  # above the water
     for _ in range(6):
-        x, y = apart(BUBBLES), uniform(0.2, 0.75, BUBBLES)
+        x = draw.apart(BUBBLES)
+        y = draw.uniform(0.2, 0.75, BUBBLES)
         found = (scenes["bubble_y"] < 0) & meets_no_fish(scenes, x, y, frames)
         scenes["bubble_x"] = torch.where(found, x, scenes["bubble_x"])
         scenes["bubble_y"] = torch.where(found, y, scenes["bubble_y"])
-    return scenes
 
 
 def meets_no_fish(scenes, x, y, frames):
     """Whether bubbles that begin at `x` and `y`, (B, BUBBLES) each, keep clear of the box that each
     fish swims in."""
-    x, y, speed = x[..., None], y[..., None], scenes["bubble_speed"][..., None]
-    fish_y, length = scenes["y"][:, None], scenes["length"][:, None]
+    x = x[..., None]
+    y = y[..., None]
+    speed = scenes["bubble_speed"][..., None]
+    fish_y = scenes["y"][:, None]
+    length = scenes["length"][:, None]
     clear = torch.ones(len(x), BUBBLES, FISH, dtype=torch.bool)
     for seconds in (0, half_time(frames), 2 * half_time(frames)):
-        across = (x - fish_x(scenes, seconds)[:, None]).abs() - 0.55 * length - 0.06
-        along = (y - speed * seconds - fish_y).abs() - 0.32 * length - 0.06
+        dx = x - fish_x(scenes, seconds)[:, None]
+        dy = y - speed * seconds - fish_y
+        across = dx.abs() - 0.55 * length - 0.06
+        along = dy.abs() - 0.32 * length - 0.06
         clear &= torch.maximum(across, along) > 0
-    absent = torch.arange(FISH) >= scenes["fish"][:, None, None]
-    return (clear | absent).all(-1)
+    fish = scenes["fish"][:, None, None]
+    is_absent = torch.arange(FISH) >= fish
+    return (clear | is_absent).all(-1)
 
 
 def half_time(frames):
@@ -115,7 +157,12 @@ def half_time(frames):
 
 def fish_x(scenes, seconds):
     """Where the fish are at a time, a number or one for each scene, (B, 1): x, (B, 2)."""
-    return scenes["x"] + scenes["direction"] * scenes["speed"] * seconds
+    velocity = scenes["direction"] * scenes["speed"]
+    return scenes["x"] + velocity * seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
 
 
 def captions(scenes, window=None, shape=None, frames=17):
@@ -123,92 +170,160 @@ def captions(scenes, window=None, shape=None, frames=17):
     as in `render`, of `shape` pixels, what is seen in it: fish of which a third is there, as large
     as they seem, and the rest at all."""
     if window is None:  # all of it, as one pixel high
-        zero, shape = torch.zeros(len(scenes["x"])), (1, WIDTH)
-        window = zero, zero, zero + 1
-    half, result = half_time(frames), []
-    scenes = {
-        key: value.tolist() for key, value in (scenes | {"middle": fish_x(scenes, half)}).items()
-    }
-    for row, (left, top, pixel) in enumerate(zip(*(part.tolist() for part in window), strict=True)):
-        scene, height, width = (
-            {key: value[row] for key, value in scenes.items()},
-            shape[0] * pixel,
-            shape[1] * pixel,
-        )
-
-        def share(
-            x, y, long, high, left=left, top=top, width=width, height=height
-        ):  # of a box around a point, how much is in the window
-            inside = [
-                max(min(middle + size / 2, start + extent) - max(middle - size / 2, start), 0)
-                / size
-                for middle, size, start, extent in ((x, long, left, width), (y, high, top, height))
-            ]
-            return inside[0] * inside[1]
-
-        fish = []
-        for one in range(scene["fish"]):
-            length = scene["length"][one]
-            if share(scene["middle"][one], scene["y"][one], length, 0.4 * length) > 1 / 3:
-                size = "large" if length > height / 2 else "small"
-                colour, pattern = (
-                    list(COLOURS)[scene["colour"][one]],
-                    PATTERNS[scene["pattern"][one]],
-                )
-                side = "right" if scene["direction"][one] > 0 else "left"
-                fish.append(f"a {size} {colour} {pattern} fish swims {side}")
-        blades = [
-            share(x, scene["floor"] + 0.03 - up / 2, 0.03, up)
-            for x, up in zip(scene["blade_x"], scene["blade_height"], strict=True)
-        ]
-        bubbles = [
-            share(x, y - speed * half, 2 * radius, 2 * radius)
-            for x, y, speed, radius in zip(
-                *(scene[f"bubble_{part}"] for part in ("x", "y", "speed", "radius")), strict=True
-            )
-        ]
-        seen = {"seaweed": blades, "bubbles": bubbles}
-        things = [thing for thing, shares in seen.items() if scene[thing] and max(shares) > 0.2]
-        floor = ["above a sandy floor"] * (top + height > scene["floor"] + 0.03)
-        result.append(
-            " ".join(
-                [" and ".join(fish), *floor, "with " * bool(things) + " and ".join(things)]
-            ).strip()
-        )
+        zero = torch.zeros(len(scenes["x"]))
+        window = (zero, zero, zero + 1)
+        shape = (1, WIDTH)
+    half = half_time(frames)
+    scenes = scenes | {"middle": fish_x(scenes, half)}
+    scenes = {name: value.tolist() for name, value in scenes.items()}
+    height, width = shape
+    lefts, tops, pixels = (part.tolist() for part in window)
+    result = []
+    for row, pixel in enumerate(pixels):
+        scene = {name: value[row] for name, value in scenes.items()}
+        frame = Frame(lefts[row], tops[row], width * pixel, height * pixel)
+        result.append(caption(scene, frame, half))
     return result
+
+
+class Frame:
+    """The part of a scene that is seen, in frame heights."""
+
+    def __init__(self, left, top, width, height):
+        self.left = left
+        self.top = top
+        self.width = width
+        self.height = height
+
+    def share_of(self, x, y, width, height):
+        """How much of a box around a point is seen."""
+        across = overlap(x, width, self.left, self.width) / width
+        along = overlap(y, height, self.top, self.height) / height
+        return across * along
+
+
+def overlap(middle, size, start, extent):
+    """Length that an interval around `middle` has in common with one from `start` on."""
+    half = size / 2
+    begin = max(middle - half, start)
+    end = min(middle + half, start + extent)
+    return max(end - begin, 0)
+
+
+def caption(scene, frame, half):
+    fish = []
+    for one in range(scene["fish"]):
+        x = scene["middle"][one]
+        y = scene["y"][one]
+        length = scene["length"][one]
+        if frame.share_of(x, y, length, 0.4 * length) > 1 / 3:
+            fish.append(describe_fish(scene, one, frame))
+    words = [" and ".join(fish)]
+    floor = scene["floor"] + 0.03
+    if frame.top + frame.height > floor:
+        words.append("above a sandy floor")
+
+    blades = []
+    for x, height in zip(scene["blade_x"], scene["blade_height"], strict=True):
+        y = floor - height / 2
+        blades.append(frame.share_of(x, y, 0.03, height))
+    bubbles = []
+    for one in range(BUBBLES):
+        size = 2 * scene["bubble_radius"][one]
+        x = scene["bubble_x"][one]
+        risen = scene["bubble_speed"][one] * half
+        y = scene["bubble_y"][one] - risen
+        bubbles.append(frame.share_of(x, y, size, size))
+    things = []
+    if scene["seaweed"] and max(blades) > 0.2:
+        things.append("seaweed")
+    if scene["bubbles"] and max(bubbles) > 0.2:
+        things.append("bubbles")
+    if things:
+        words.append("with " + " and ".join(things))
+    else:
+        words.append("")
+    return " ".join(words).strip()
+
+
+def describe_fish(scene, one, frame):
+    length = scene["length"][one]
+    size = "large" if length > frame.height / 2 else "small"
+    colour = list(COLOURS)[scene["colour"][one]]
+    pattern = PATTERNS[scene["pattern"][one]]
+    side = "right" if scene["direction"][one] > 0 else "left"
+    return f"a {size} {colour} {pattern} fish swims {side}"
 
 
 def build_tokenizer(file):
     """Write a tokenizer.json of whole words, in which `</s>` ends every text."""
-    words = ["<pad>", "</s>", "<unk>", *dict.fromkeys([*WORDS, *COLOURS, *PATTERNS])]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
-    )
+    special = ["<pad>", "</s>", "<unk>"]
+    words = dict.fromkeys([*special, *WORDS, *COLOURS, *PATTERNS])  # each once
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.add_special_tokens(special)
     tokenizer.save(str(file))
-    return len(words)
+    return len(ids)
 
 
 # --------------------------------------------------------------------------------------------------
-# Drawing. `x` and `y` are maps of positions, (B, 1, H, W); `t` is (1, F, 1, 1), in seconds; `pixel`
-# is a pixel's size.
+# Drawing. A picture is a list of three maps, red, green and blue. Distances are signed: negative
+# inside a shape, and in frame heights, unless a docstring says otherwise
+
+FAR = 9.0  # added to the distance of what a scene does not have
+
+
+class Canvas:
+    """Maps of positions and time, to which all that is drawn is broadcast."""
+
+    def __init__(self, x, y, t, pixel):
+        self.x = x  # (B, 1, H, W)
+        self.y = y  # (B, 1, H, W)
+        self.t = t  # (1, F, 1, 1), in seconds
+        self.pixel = pixel  # (B, 1, 1, 1), a pixel's size
+
+
+def make_canvas(height, width, frames, window, device):
+    left, top, pixel = (part.view(-1, 1, 1, 1) for part in window)
+    column = torch.arange(width, device=device)
+    row = torch.arange(height, device=device)[:, None]
+    x = left + (column + 0.5) * pixel  # (B, 1, 1, W)
+    y = top + (row + 0.5) * pixel  # (B, 1, H, 1)
+    x, y = torch.broadcast_tensors(x, y)
+    frame = torch.arange(frames, device=device)
+    t = frame.view(1, -1, 1, 1) / FPS
+    return Canvas(x, y, t, pixel)
 
 
 def paint(picture, colour, distance, pixel):
     """Cover what has a negative distance with a colour: three numbers or maps."""
     cover = (0.5 - distance / pixel).clamp(0, 1)
-    return [below + cover * (above - below) for below, above in zip(picture, colour, strict=True)]
+    painted = []
+    for below, above in zip(picture, colour, strict=True):
+        painted.append(below + cover * (above - below))
+    return painted
+
+
+def circle(x, y, radius):
+    """Signed distance from a circle around 0."""
+    return length_of(x, y) - radius
+
+
+def length_of(x, y):
+    """Of a vector. The square root has no slope at 0."""
+    return torch.sqrt(x**2 + y**2 + 1e-9)
 
 
 def ellipse(x, y, width, height):
-    """Signed distance from an ellipse, nearly: negative inside."""
-    k = torch.sqrt((x / width) ** 2 + (y / height) ** 2 + 1e-9)
-    return k * (k - 1) / torch.sqrt((x / width**2) ** 2 + (y / height**2) ** 2 + 1e-9)
+    """Signed distance from an ellipse around 0, nearly."""
+    k = length_of(x / width, y / height)
+    slope = length_of(x / width**2, y / height**2)
+    return k * (k - 1) / slope
 
 
 def render(scenes, height, width, frames=17, window=None):
@@ -219,124 +334,223 @@ def render(scenes, height, width, frames=17, window=None):
     device = scenes["x"].device
     if window is None:
         zero = torch.zeros(len(scenes["x"]), device=device)
-        window = zero, zero, zero + 1 / height
-    left, top, pixel = (part.view(-1, 1, 1, 1) for part in window)
-    x = left + (torch.arange(width, device=device) + 0.5) * pixel  # (B, 1, 1, W)
-    y = top + (torch.arange(height, device=device)[:, None] + 0.5) * pixel  # (B, 1, H, 1)
-    x, y = torch.broadcast_tensors(x, y)
-    t = torch.arange(frames, device=device).view(1, -1, 1, 1) / FPS
-
-    def of(name, one=None):
-        value = scenes[name] if one is None else scenes[name][:, one]
-        return value.view(-1, 1, 1, 1)
-
-    slope, light = x + 0.45 * y, of("light")
-    ray = (
-        0.07 * torch.sin(9 * slope + of("ray") + 0.5 * t) * torch.sin(4 * slope - 0.7 * t) * (1 - y)
-    )
-    picture = [
-        0.38 - 0.36 * y + ray,
-        0.74 - 0.46 * y + 0.05 * light + ray,
-        0.92 - 0.36 * y - 0.04 * light + ray,
-    ]
-
+        window = (zero, zero, zero + 1 / height)
+    canvas = make_canvas(height, width, frames, window, device)
+    picture = draw_water(scenes, canvas)
     for one in range(BLADES):
-        h, phase = of("blade_height", one), of("blade_phase", one)
-        up = ((of("floor") + 0.03 - y) / h).clamp(0, 1)
-        sway = 0.05 * up * up * torch.sin(2.2 * t + phase - 3 * up) + 0.012 * torch.sin(
-            10 * up + phase
-        )
-        blade = (x - of("blade_x", one) - sway).abs() - 0.022 * (1 - 0.7 * up)
-        blade = torch.maximum(blade, of("floor") + 0.03 - h - y) + 9.0 * (of("seaweed") == 0)
-        picture = paint(picture, [0.08 + 0.06 * up, 0.42 + 0.2 * up, 0.16 + 0 * up], blade, pixel)
-
+        picture = draw_blade(picture, scenes, one, canvas)
     for one in range(BUBBLES):
-        r, away = of("bubble_radius", one), 9.0 * (of("bubbles") == 0)
-        dx = x - of("bubble_x", one) - 0.008 * torch.sin(5 * t + 9 * of("bubble_x", one))
-        dy = y - of("bubble_y", one) + of("bubble_speed", one) * t
-        ball = torch.sqrt(dx * dx + dy * dy + 1e-9) - r + away
-        glint = torch.sqrt((dx + 0.3 * r) ** 2 + (dy + 0.3 * r) ** 2 + 1e-9) - 0.25 * r + away
-        picture = paint(picture, (0.80, 0.92, 0.97), ball, pixel)
-        picture = paint(picture, (0.55, 0.80, 0.94), ball + 0.25 * r, pixel)
-        picture = paint(picture, (0.95, 0.98, 1.00), glint, pixel)
-
-    surface = of("floor") + 0.012 * torch.sin(5.1 * x + of("dune"))
-    depth = y - surface
-    ripple = 1 - 0.9 * depth + 0.05 * torch.sin(60 * depth + 2 * torch.sin(7 * x + of("dune")))
-    picture = paint(picture, [0.82 * ripple, 0.73 * ripple, 0.55 * ripple], -depth, pixel)
-
-    palette = torch.tensor(list(COLOURS.values()), device=device)
+        picture = draw_bubble(picture, scenes, one, canvas)
+    picture = draw_floor(picture, scenes, canvas)
     for one in range(FISH):
-        base = palette[scenes["colour"][:, one]].view(-1, 3, 1, 1, 1).unbind(1)
-        there = 9.0 * (of("fish") <= one)
-        picture = draw_fish(
-            picture,
-            base,
-            {
-                name: of(name, one)
-                for name in ("x", "y", "length", "direction", "speed", "wag", "phase", "pattern")
-            },
-            x,
-            y,
-            t,
-            pixel,
-            there,
-        )
-    return (
-        torch.stack([part.expand(-1, frames, -1, -1) for part in picture], dim=1).clamp(0, 1) * 2
-        - 1
-    )
+        picture = draw_fish(picture, scenes, one, canvas)
+    maps = [part.expand(-1, frames, -1, -1) for part in picture]
+    video = torch.stack(maps, dim=1).clamp(0, 1)
+    return video * 2 - 1
 
 
-def draw_fish(picture, base, fish, x, y, t, pixel, there):
-    """A fish in its own coordinates: nose at (0.5, 0), tail at (-0.5, 0), upright; `there` is large
-    if it is not."""
-    length, direction = fish["length"], fish["direction"]
-    pixel, there = pixel / length, there / length
-    dx = direction * (x - fish["x"] - direction * fish["speed"] * t) / length
-    dy = (y - fish["y"] - 0.01 * torch.sin(4 * t + fish["phase"])) / length
-    swing = fish["wag"] * t + fish["phase"]
-    behind = (0.25 - dx).clamp(0, 0.8)
-    dy = dy - 0.3 * behind * behind * torch.sin(swing + 4.5 * dx)  # the body bends, the tail most
-    dark, pale = [0.4 * c for c in base], [0.45 + 0.55 * c for c in base]
-    white, black = (0.97, 0.97, 0.94), (0.05, 0.05, 0.08)
+def of_scene(scenes, name):
+    """A property of scenes, to be broadcast to maps."""
+    return scenes[name].view(-1, 1, 1, 1)
 
-    tail = torch.maximum(dy.abs() - 0.03 - (-0.2 - dx) * 0.55, dx + 0.15)
-    tail = torch.maximum(tail, -(dx + 0.5 - 0.6 * (0.17 - dy.abs()).clamp(min=0)))
-    fin = ellipse(dx - 0.03 + 0.3 * (dy + 0.16), dy + 0.15, 0.17, 0.11)
+
+def of_one(scenes, name, one):
+    """A property of one of a scene's fish, blades or bubbles, likewise."""
+    value = scenes[name][:, one]
+    return value.view(-1, 1, 1, 1)
+
+
+def draw_water(scenes, canvas):
+    """Darker farther down, with rays of light."""
+    y = canvas.y
+    t = canvas.t
+    slope = canvas.x + 0.45 * y
+    light = of_scene(scenes, "light")
+    phase = of_scene(scenes, "ray")
+    wide = torch.sin(9 * slope + phase + 0.5 * t)
+    narrow = torch.sin(4 * slope - 0.7 * t)
+    ray = 0.07 * wide * narrow * (1 - y)
+    red = 0.38 - 0.36 * y
+    green = 0.74 - 0.46 * y + 0.05 * light
+    blue = 0.92 - 0.36 * y - 0.04 * light
+    return [red + ray, green + ray, blue + ray]
+
+
+def draw_blade(picture, scenes, one, canvas):
+    """A blade of seaweed, which sways."""
+    x = of_one(scenes, "blade_x", one)
+    height = of_one(scenes, "blade_height", one)
+    phase = of_one(scenes, "blade_phase", one)
+    root = of_scene(scenes, "floor") + 0.03
+    up = (root - canvas.y) / height
+    up = up.clamp(0, 1)  # 0 at the root, 1 at the tip
+    swing = torch.sin(2.2 * canvas.t + phase - 3 * up)
+    ripple = torch.sin(10 * up + phase)
+    sway = 0.05 * up * up * swing + 0.012 * ripple
+    dx = canvas.x - x - sway
+    half_width = 0.022 * (1 - 0.7 * up)
+    above_tip = root - height - canvas.y
+    blade = torch.maximum(dx.abs() - half_width, above_tip)
+    is_absent = of_scene(scenes, "seaweed") == 0
+    red = 0.08 + 0.06 * up
+    green = 0.42 + 0.2 * up
+    blue = 0.16 + 0 * up
+    return paint(picture, [red, green, blue], blade + FAR * is_absent, canvas.pixel)
+
+
+RIM = (0.80, 0.92, 0.97)
+INSIDE = (0.55, 0.80, 0.94)
+GLINT = (0.95, 0.98, 1.00)
+
+
+def draw_bubble(picture, scenes, one, canvas):
+    t = canvas.t
+    pixel = canvas.pixel
+    radius = of_one(scenes, "bubble_radius", one)
+    x = of_one(scenes, "bubble_x", one)
+    y = of_one(scenes, "bubble_y", one)
+    speed = of_one(scenes, "bubble_speed", one)
+    sway = 0.008 * torch.sin(5 * t + 9 * x)
+    dx = canvas.x - x - sway
+    dy = canvas.y - y + speed * t
+    is_absent = of_scene(scenes, "bubbles") == 0
+    away = FAR * is_absent
+    ball = circle(dx, dy, radius) + away
+    shift = 0.3 * radius
+    glint = circle(dx + shift, dy + shift, 0.25 * radius) + away
+    picture = paint(picture, RIM, ball, pixel)
+    picture = paint(picture, INSIDE, ball + 0.25 * radius, pixel)
+    return paint(picture, GLINT, glint, pixel)
+
+
+def draw_floor(picture, scenes, canvas):
+    x = canvas.x
+    dune = of_scene(scenes, "dune")
+    wave = 0.012 * torch.sin(5.1 * x + dune)
+    surface = of_scene(scenes, "floor") + wave
+    depth = canvas.y - surface
+    bend = 2 * torch.sin(7 * x + dune)
+    lines = 0.05 * torch.sin(60 * depth + bend)
+    ripple = 1 - 0.9 * depth + lines
+    colour = [0.82 * ripple, 0.73 * ripple, 0.55 * ripple]
+    return paint(picture, colour, -depth, canvas.pixel)
+
+
+# In a fish's own coordinates, its length is 1: the nose is at (0.5, 0) and the tail at (-0.5, 0).
+
+WHITE = (0.97, 0.97, 0.94)
+BLACK = (0.05, 0.05, 0.08)
+OUTLINE = 0.014  # half of its width
+
+
+def draw_fish(picture, scenes, one, canvas):
+    """Fish number `one` of each scene, if there is one."""
+    length = of_one(scenes, "length", one)
+    pixel = canvas.pixel / length
+    is_absent = of_scene(scenes, "fish") <= one
+    away = FAR * is_absent / length
+    dx, dy, swing = fish_coordinates(scenes, one, canvas)
+    palette = torch.tensor(list(COLOURS.values()), device=length.device)
+    base = palette[scenes["colour"][:, one]]
+    base = base.view(-1, 3, 1, 1, 1).unbind(1)
+    dark = [0.4 * part for part in base]
+    shade = [0.85 * part for part in base]
+
+    for part in (fish_tail(dx, dy), fish_fin(dx, dy)):
+        picture = paint(picture, dark, part - OUTLINE + away, pixel)
+        picture = paint(picture, shade, part + OUTLINE + away, pixel)
     body = ellipse(dx - 0.12, dy, 0.38, 0.19)
-    for part in (tail, fin):
-        picture = paint(picture, dark, part - 0.014 + there, pixel)
-        picture = paint(picture, [0.85 * c for c in base], part + 0.014 + there, pixel)
-    picture = paint(picture, dark, body - 0.014 + there, pixel)
+    picture = paint(picture, dark, body - OUTLINE + away, pixel)
+    pattern = of_one(scenes, "pattern", one)
+    skin = fish_skin(base, pattern, dx, dy, swing, pixel)
+    return paint(picture, skin, body + OUTLINE + away, pixel)
 
+
+def fish_coordinates(scenes, one, canvas):
+    """Positions in a fish's coordinates, in which its body is straight; and the phase with which it
+    swings."""
+    t = canvas.t
+    x = of_one(scenes, "x", one)
+    y = of_one(scenes, "y", one)
+    length = of_one(scenes, "length", one)
+    direction = of_one(scenes, "direction", one)
+    speed = of_one(scenes, "speed", one)
+    phase = of_one(scenes, "phase", one)
+    wag = of_one(scenes, "wag", one)
+    swum = direction * speed * t
+    dx = direction * (canvas.x - x - swum)
+    dx = dx / length
+    bob = 0.01 * torch.sin(4 * t + phase)
+    dy = (canvas.y - y - bob) / length
+    swing = wag * t + phase
+    behind = (0.25 - dx).clamp(0, 0.8)
+    wave = torch.sin(swing + 4.5 * dx)
+    bend = 0.3 * behind * behind * wave  # the tail bends most
+    return dx, dy - bend, swing
+
+
+def fish_tail(dx, dy):
+    """Signed distance from the tail fin, which is forked."""
+    off_axis = dy.abs()
+    spread = (-0.2 - dx) * 0.55
+    tail = torch.maximum(off_axis - 0.03 - spread, dx + 0.15)
+    fork = 0.6 * (0.17 - off_axis).clamp(min=0)
+    return torch.maximum(tail, -(dx + 0.5 - fork))
+
+
+def fish_fin(dx, dy):
+    """Signed distance from the fin on its back, which leans backward."""
+    lean = 0.3 * (dy + 0.16)
+    return ellipse(dx - 0.03 + lean, dy + 0.15, 0.17, 0.11)
+
+
+def fish_skin(base, pattern, dx, dy, swing, pixel):
+    """The picture of its body: darker above, paler below, with its pattern, side fin, mouth and
+    eye."""
+    dark = [0.4 * part for part in base]
     belly = (2 * dy).clamp(-0.35, 0.4)
-    skin = [
-        c * (1 + belly.clamp(max=0)) + belly.clamp(min=0) * (p - c)
-        for c, p in zip(base, pale, strict=True)
-    ]
-    band = (((dx + 0.5 * dy * dy) / 0.19 + 0.25) % 1 - 0.5).abs() * 0.19 - 0.04
-    stripes = torch.maximum(band, (dx - 0.24).abs() - 0.42) + 9.0 * (fish["pattern"] != 1)
-    row = torch.floor(dy / 0.12 + 0.5)
-    across = ((dx / 0.14 + 0.5 * row) % 1 - 0.5) * 0.14
-    spots = torch.sqrt(across**2 + (dy - 0.12 * row) ** 2 + 1e-9) - 0.038
-    spots = torch.maximum(spots, dx - 0.22) + 9.0 * (fish["pattern"] != 2)
-    stripes = torch.maximum(stripes, dx - 0.22)
-    skin = paint(skin, white, torch.minimum(stripes, spots), pixel)
+    shadow = 1 + belly.clamp(max=0)
+    bright = belly.clamp(min=0)
+    skin = []
+    for part in base:
+        pale = 0.45 + 0.55 * part
+        skin.append(part * shadow + bright * (pale - part))
+    marks = torch.minimum(stripes(dx, dy, pattern), spots(dx, dy, pattern))
+    skin = paint(skin, WHITE, marks, pixel)
 
-    side_fin = ellipse(
-        dx - 0.06 + 0.5 * (dy - 0.07), dy - 0.07 - 0.02 * torch.sin(0.7 * swing), 0.08, 0.045
-    )
+    fin_y = dy - 0.07
+    fin_x = dx - 0.06 + 0.5 * fin_y
+    flap = 0.02 * torch.sin(0.7 * swing)
+    side_fin = ellipse(fin_x, fin_y - flap, 0.08, 0.045)
+    side = [0.7 * part for part in base]
     skin = paint(skin, dark, side_fin - 0.01, pixel)
-    skin = paint(skin, [0.7 * c for c in base], side_fin + 0.01, pixel)
-    mouth = torch.maximum((dy - 0.06 + 0.3 * (dx - 0.46)).abs() - 0.012, 0.4 - dx)
+    skin = paint(skin, side, side_fin + 0.01, pixel)
+    smile = dy - 0.06 + 0.3 * (dx - 0.46)
+    mouth = torch.maximum(smile.abs() - 0.012, 0.4 - dx)
     skin = paint(skin, dark, mouth, pixel)
-    for colour, place, radius in (
-        (dark, 0.345, 0.078),
-        (white, 0.345, 0.064),
-        (black, 0.36, 0.038),
-    ):
-        skin = paint(
-            skin, colour, torch.sqrt((dx - place) ** 2 + (dy + 0.04) ** 2 + 1e-9) - radius, pixel
-        )
-    return paint(picture, skin, body + 0.014 + there, pixel)
+    eye_x = dx - 0.345
+    eye_y = dy + 0.04
+    skin = paint(skin, dark, circle(eye_x, eye_y, 0.078), pixel)
+    skin = paint(skin, WHITE, circle(eye_x, eye_y, 0.064), pixel)
+    return paint(skin, BLACK, circle(dx - 0.36, eye_y, 0.038), pixel)
+
+
+def stripes(dx, dy, pattern):
+    """Signed distance from the stripes, behind the head."""
+    along = (dx + 0.5 * dy * dy) / 0.19
+    place = (along + 0.25) % 1 - 0.5
+    band = place.abs() * 0.19 - 0.04
+    beyond = (dx - 0.24).abs() - 0.42
+    is_other = pattern != PATTERNS.index("striped")
+    found = torch.maximum(band, beyond) + FAR * is_other
+    return torch.maximum(found, dx - 0.22)
+
+
+def spots(dx, dy, pattern):
+    """Signed distance from the spots, in rows that are shifted against each other."""
+    row = torch.floor(dy / 0.12 + 0.5)
+    place = (dx / 0.14 + 0.5 * row) % 1
+    across = (place - 0.5) * 0.14
+    found = circle(across, dy - 0.12 * row, 0.038)
+    is_other = pattern != PATTERNS.index("spotted")
+    return torch.maximum(found, dx - 0.22) + FAR * is_other
