@@ -19,12 +19,17 @@ models 16 x 16 pixels. Tokens are ordered (h, w, t), time innermost. A `grid` is
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
-from model import full_attention, is_finite
+from model import WanTransformer, full_attention, is_finite
+
+Grid = tuple[int, int, int]  # T, H, W
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
 
 
 class StateError(ValueError):
@@ -39,14 +44,14 @@ class NotFiniteError(ArithmeticError):
 # Inward windows (paper, section 3.2)
 
 
-def window_size(native_length):
+def window_size(native_length: int) -> int:
     """Length of a window along one axis: that of a native frame, in tokens, rounded up to an odd
     number so that the query can be in the middle. 480p has 30 x 52 tokens; its window is 31 x 53.
     """
     return 2 * (native_length // 2) + 1
 
 
-def window_start(position, length, size, border="inward"):
+def window_start(position: Tensor, length: int, size: int, border: str = "inward") -> Tensor:
     """Where the window of the query at `position` starts, along an axis of `length` tokens.
 
     "inward" moves a window at the border inward: it stays on the axis and keeps its size. "clipped"
@@ -67,7 +72,7 @@ def in_window(query_position, key_position, length, size, border="inward"):
     return (start <= key_position) & (key_position < start + size)
 
 
-def window_mask(height, width, window, border="inward"):
+def window_mask(height: int, width: int, window: tuple[int, int], border: str = "inward") -> Tensor:
     """Which positions of a frame may see which: bool (H*W, H*W), queries by keys, row-major."""
     row = torch.arange(height)
     column = torch.arange(width)
@@ -77,7 +82,9 @@ def window_mask(height, width, window, border="inward"):
     return mask.reshape(height * width, height * width)
 
 
-def dense_window(grid, window, scale=None, border="inward", device="cpu"):
+def dense_window(
+    grid: Grid, window: tuple[int, int], scale: float | None = None, border="inward", device="cpu"
+) -> Attention:
     """Window attention by its definition, with one N x N mask. For small N.
 
     Like `grouped_window` and `flex_window` at the end of this file, which are faster, it prepares
@@ -99,7 +106,7 @@ def no_window(grid, window, scale=None, border="inward", device="cpu", attention
     return partial(attention, scale=scale)
 
 
-def attention_scale(head_dim, native_tokens):
+def attention_scale(head_dim: int, native_tokens: int) -> float:
     """Softmax scale of the refinement's self-attention in both paths: sqrt(log_n(2n) / head_dim),
     where n is the number of tokens in a native frame. The ordinary scale is sqrt(1 / head_dim)."""
     return math.sqrt(math.log(2 * native_tokens, native_tokens) / head_dim)
@@ -109,7 +116,15 @@ def attention_scale(head_dim, native_tokens):
 # Dual path with cross-attention override (paper, section 3.3 and Figure 2)
 
 
-def predict_dual(transformer, latents, timestep, text, attend_window, attend_full, cache=None):
+def predict_dual(
+    transformer: WanTransformer,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    attend_window: Attention,
+    attend_full: Attention,
+    cache: dict | None = None,
+) -> Tensor:
     """The window path's velocity, with its cross-attention output replaced by the full path's in
     every block. float32, in the shape of `latents`, (B, Z, T, 2H, 2W).
 
@@ -135,7 +150,14 @@ def predict_dual(transformer, latents, timestep, text, attend_window, attend_ful
     return transformer.unembed(window_tokens, time_emb, grid)
 
 
-def predict_cached(transformer, latents, timestep, text, attend_window, cache):
+def predict_cached(
+    transformer: WanTransformer,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    attend_window: Attention,
+    cache: dict,
+) -> Tensor:
     """The window path's velocity, with cross-attention outputs from the `cache` that an earlier
     `predict_dual` filled. Arguments and result are as there. Raises ValueError if the cache is
     empty."""
@@ -157,18 +179,18 @@ def predict_cached(transformer, latents, timestep, text, attend_window, cache):
 
 @torch.no_grad()
 def generate(
-    transformer,
-    text,
-    negative,
-    shape,
+    transformer: WanTransformer,
+    text: Tensor,
+    negative: Tensor | None,
+    shape: tuple[int, ...],
     *,
-    steps=50,
-    flow_shift=3.0,
-    guidance=5.0,
-    guidance_2=None,
-    generator=None,
-    progress=iter,
-):
+    steps: int = 50,
+    flow_shift: float = 3.0,
+    guidance: float = 5.0,
+    guidance_2: float | None = None,
+    generator: Generator | list[Generator] | None = None,
+    progress: Callable = iter,
+) -> Tensor:
     """Latents of a base clip, float32, of `shape` (B, Z, T, 2H, 2W), which should be native.
 
     `text` and `negative` are text embeddings, (B, L, text_dim). With `guidance` 1 the negative pass
@@ -200,7 +222,7 @@ def guidance_at(t, transformer, guidance, guidance_2):
     return guidance_2
 
 
-def upsample(video, height, width):
+def upsample(video: Tensor, height: int, width: int) -> Tensor:
     """Resize the frames of (B, 3, F, H, W) bilinearly: half-pixel centres, no antialiasing."""
     batch = video.shape[0]
     frames = video.transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
@@ -210,27 +232,27 @@ def upsample(video, height, width):
 
 @torch.no_grad()
 def refine(
-    transformer,
-    latents,
-    text,
-    negative,
+    transformer: WanTransformer,
+    latents: Tensor,
+    text: Tensor,
+    negative: Tensor | None,
     *,
-    native,
-    steps=50,
-    strength=0.7,
-    flow_shift=9.0,
-    guidance=5.0,
-    guidance_2=None,
-    cache_interval=None,
-    scale_tokens=None,
-    generator=None,
-    override=True,
-    window_attention=None,
-    cross_attention_cache=None,
-    progress=iter,
-    state=None,
-    save=None,
-):
+    native: tuple[int, int],
+    steps: int = 50,
+    strength: float = 0.7,
+    flow_shift: float = 9.0,
+    guidance: float = 5.0,
+    guidance_2: float | None = None,
+    cache_interval: int | None = None,
+    scale_tokens: int | None = None,
+    generator: Generator | list[Generator] | None = None,
+    override: bool = True,
+    window_attention: Callable[..., Attention] | None = None,
+    cross_attention_cache: dict | None = None,
+    progress: Callable = iter,
+    state: dict[str, Tensor] | None = None,
+    save: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Tensor:
     """Refined latents, float32, in the shape of `latents`, (B, Z, T, 2H, 2W): the upsampled clip,
     encoded, no noise added.
 
@@ -418,7 +440,7 @@ class FlowUniPC:
     Everything after the grid of levels is float32, as in Diffusers.
     """
 
-    def __init__(self, steps, flow_shift, strength=1.0):
+    def __init__(self, steps: int, flow_shift: float, strength: float = 1.0):
         kept = int(steps * strength)
         if not 1 <= kept <= steps:
             raise ValueError(
@@ -435,11 +457,11 @@ class FlowUniPC:
         self.x0 = None  # predicted at the level where the last step started
         self.x0_before = None  # predicted one level before that
 
-    def add_noise(self, latents, noise):
+    def add_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Clean latents, noised to the first level."""
         return (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
 
-    def step(self, velocity, latents):
+    def step(self, velocity: Tensor, latents: Tensor) -> Tensor:
         """From latents at one level, and the model's velocity there, to latents at the next."""
         x0 = latents - self.sigmas[self.index] * velocity
         if self.index > 0:
@@ -490,7 +512,7 @@ class FlowUniPC:
         noisy_part = self.sigmas[i + 1] / self.sigmas[i] * self.start
         return noisy_part - (1 - self.sigmas[i + 1]) * torch.expm1(-h) * x0
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         """What `load_state_dict` needs to go on from here: a dict of tensors."""
         state = {"step": torch.tensor(self.index), "sigmas": self.sigmas}
         if self.index > 0:
@@ -500,7 +522,7 @@ class FlowUniPC:
             state["x0_before"] = self.x0_before
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises StateError unless it is a whole state of these noise levels."""
         for name in ("step", "sigmas"):
             if name not in state:
@@ -525,7 +547,9 @@ class FlowUniPC:
 # Window attention for large N: the same results, without an N x N mask
 
 
-def grouped_window(grid, window, scale=None, border="inward", device="cpu"):
+def grouped_window(
+    grid: Grid, window: tuple[int, int], scale: float | None = None, border="inward", device="cpu"
+) -> Attention:
     """Window attention on any device: queries that share a window attend to it together."""
     frames, height, width = grid
     row_groups = queries_by_window(height, window[0], border)
@@ -590,7 +614,14 @@ def few_heads_at_a_time(attend):
     return torch.compiler.disable(attend_all, recursive=False)
 
 
-def flex_window(grid, window, scale=None, border="inward", device="cuda", options=None):
+def flex_window(
+    grid: Grid,
+    window: tuple[int, int],
+    scale: float | None = None,
+    border: str = "inward",
+    device="cuda",
+    options: dict | None = None,
+) -> Attention:
     """Window attention on a GPU: one FlexAttention kernel that skips the blocks of the N x N mask
     in which nothing is visible. `options` are the kernel's; the default suits the device.
 

@@ -1,8 +1,9 @@
 """Wan from scratch: the diffusion transformer, the causal video VAE, the UMT5 text encoder, and how
 their weights are loaded.
 
-Nothing here knows how FreeSwim works. The transformer's self-attention is a function that the
-caller passes in, and a block's three parts can be called one by one.
+For FreeSwim, three things are as they need not be for Wan: the transformer's self-attention is a
+function that the caller passes in, a block's three parts can be called one by one, and tokens are
+ordered (h, w, t).
 
 Shapes: B clips, F frames, T latent frames (F = 4 * (T - 1) + 1), H x W tokens per frame,
 N = T * H * W tokens, D channels, L text tokens. One token is a patch of 2 x 2 latents. One latent
@@ -15,6 +16,7 @@ import json
 import math
 import re
 import stat
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
@@ -45,13 +47,13 @@ class Limit(NamedTuple):
 # The diffusion transformer
 
 
-def full_attention(query, key, value, scale=None):
+def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Every token sees every token. (B, heads, N, head_dim) each; `scale` defaults to
     1 / sqrt(head_dim)."""
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def rotary_table(grid, head_dim, device):
+def rotary_table(grid: tuple[int, int, int], head_dim: int, device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the 3D rotary embedding, (N, 1, head_dim / 2) each, for a `grid` of
     (T, H, W) tokens in (h, w, t) order.
 
@@ -176,19 +178,19 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.scale_shift_table = nn.Parameter(random_table(6, dim))
 
-    def self_attention(self, tokens, modulation, rotary, attend):
+    def self_attention(self, tokens: Tensor, modulation: Tensor, rotary, attend) -> Tensor:
         """The tokens after self-attention."""
         shift, scale, gate, _, _, _ = (self.scale_shift_table + modulation).chunk(6, dim=1)
         x = modulate(tokens, shift, scale, self.eps)
         attended = self.self_attn(x, x, attend, rotary)
         return (gate * attended + tokens.float()).to(tokens.dtype)
 
-    def cross_attention(self, tokens, context):
+    def cross_attention(self, tokens: Tensor, context: Tensor) -> Tensor:
         """What the text, `context` (B, L, D), adds to the tokens: (B, N, D), not yet added."""
         x = self.norm2(tokens.float()).to(tokens.dtype)
         return self.cross_attn(x, context, full_attention)
 
-    def feed_forward(self, tokens, modulation):
+    def feed_forward(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         """The tokens after the feed-forward network, a chunk of tokens at a time: its inner tensor
         would be the largest of all."""
         chunks = []
@@ -239,7 +241,13 @@ class WanTransformer(nn.Module):
     }
     boundary = 0  # it serves timesteps from here on: all. Wan2.2 has a second one for the rest
 
-    def __init__(self, config, block=Block, attention=full_attention, prefetch=iter):
+    def __init__(
+        self,
+        config: dict,
+        block: type[Block] = Block,
+        attention: Callable = full_attention,
+        prefetch: Callable = iter,
+    ):
         """`block` is the class of its blocks, and `attention` its full attention: a GPU has faster
         ones. `prefetch(blocks)` yields the blocks in order, each when its weights are on the
         device."""
@@ -279,7 +287,7 @@ class WanTransformer(nn.Module):
         """Get ready for a step at this timestep. Nothing to do: only Wan2.2-T2V-A14B has two
         transformers, of which support/experts.py loads the right one here."""
 
-    def embed(self, latents, timestep, text):
+    def embed(self, latents: Tensor, timestep: Tensor, text: Tensor):
         """What the blocks work on: tokens (B, N, D), embedded time (B, D), its modulation
         (B, 6, D), embedded text (B, L, D), the rotary table, and the grid (T, H, W).
 
@@ -327,7 +335,7 @@ class WanTransformer(nn.Module):
         phase = timestep.float()[:, None] * frequency
         return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
-    def unembed(self, tokens, time_emb, grid):
+    def unembed(self, tokens: Tensor, time_emb: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """From the last block's tokens to the velocity, (B, Z, T, 2H, 2W) float32. `grid` is
         (T, H, W)."""
         return self.unpatchify(self.final_layer(tokens, time_emb).float(), grid)
@@ -344,7 +352,9 @@ class WanTransformer(nn.Module):
         shift, scale = (self.scale_shift_table + time_emb[:, None]).chunk(2, dim=1)  # (B, 1, D)
         return self.proj_out(modulate(tokens, shift, scale, self.eps))
 
-    def forward(self, latents, timestep, text, attend=None):
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, attend: Callable | None = None
+    ) -> Tensor:
         """The velocity, noise - clean, at `latents`: float32, in their shape. Inputs are as in
         `embed`. `attend` is the self-attention, by default the transformer's full attention."""
         if attend is None:
@@ -776,18 +786,18 @@ class WanVAE(nn.Module):
         CheckpointError for any other folder."""
         return load_model(cls, folder, device, dtype, **parts)
 
-    def encode_chunk(self, frames, history):
+    def encode_chunk(self, frames: Tensor, history: dict) -> Tensor:
         """Frames (B, 3, f, H, W), or their patches (B, 12, f, H, W), to the means and log variances
         of their latents, (B, 2Z, t, H/8, W/8)."""
         return self.quant_conv(self.encoder(frames, history))
 
-    def decode_chunk(self, latents, history):
+    def decode_chunk(self, latents: Tensor, history: dict) -> Tensor:
         """Latents (B, Z, t, H/8, W/8), not normalised, to frames (B, 3, f, H, W), or their patches
         (B, 12, f, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(latents), history)
 
     @torch.no_grad()
-    def encode(self, video, tiled=True, progress=iter):
+    def encode(self, video: Tensor, tiled: bool = True, progress: Callable = iter) -> Tensor:
         """A video (B, 3, F, H, W) in [-1, 1] to the posterior mean of its latents,
         (B, Z, k + 1, H/S, W/S), normalised.
 
@@ -816,7 +826,7 @@ class WanVAE(nn.Module):
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
-    def decode(self, latents, tiled=True, progress=iter):
+    def decode(self, latents: Tensor, tiled: bool = True, progress: Callable = iter) -> Tensor:
         """Normalised `latents` (B, Z, T, h, w) to video (B, 3, 4T - 3, Sh, Sw), clamped to
         [-1, 1], in the VAE's dtype. `progress` may wrap the list of tiles."""
         latents = latents.to(self.quant_conv.weight.dtype)
@@ -1112,7 +1122,7 @@ class TextEncoder(nn.Module):
             )
         return super()._apply(function, recurse)
 
-    def forward(self, ids, mask):
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids (B, L) and mask (B, L) to embeddings (B, L, d_model). What comes out at masked
         positions has no meaning."""
         # The table is mapped from its file, in its dtype: only the prompt's rows are read.
@@ -1126,14 +1136,14 @@ class TextEncoder(nn.Module):
             return norm(x.to(norm.weight))
 
 
-def clean_prompt(text):
+def clean_prompt(text: str) -> str:
     """The text as Wan's tokenizer expects it: broken Unicode fixed, HTML entities resolved twice,
     single spaces."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
-def load_tokenizer(folder, length=512):
+def load_tokenizer(folder: Path | str, length: int = 512) -> Tokenizer:
     """The tokenizer of a `tokenizer/` folder, set to cut and pad texts to `length` tokens. Raises
     CheckpointError if there is none."""
     file = Path(folder) / "tokenizer.json"
@@ -1153,7 +1163,7 @@ def load_tokenizer(folder, length=512):
     return tokenizer
 
 
-def tokenize(tokenizer, prompts):
+def tokenize(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids and mask, int64 (B, length) each, of a list of prompts."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts should be a list of texts, but are {prompts!r:.99}")
@@ -1164,7 +1174,7 @@ def tokenize(tokenizer, prompts):
 
 
 @torch.no_grad()
-def encode_prompt(encoder, tokenizer, prompts):
+def encode_prompt(encoder: TextEncoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
     """Text embeddings (B, length, d_model) of a list of prompts, zero after the end of each text.
     Raises CheckpointError if tokenizer and encoder do not belong together."""
     ids, mask = tokenize(tokenizer, prompts)

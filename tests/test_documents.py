@@ -74,7 +74,7 @@ def test_lengths_of_files():
         path = ROOT / name
         files = [path] if path.is_file() else list(path.glob("*.py"))
         count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-        assert abs(count - int(lines)) <= 0.1 * count, f"{name} has {count} lines"
+        assert round(count, -2) == int(lines), f"{name} has {count} lines"
 
 
 # --------------------------------------------------------------------------------------------------

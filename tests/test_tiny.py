@@ -197,7 +197,7 @@ def test_the_detector_is_right_on_true_clips():
     share = {
         name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in verdicts[0]
     }
-    assert share["fish too many"] == 0
+    assert share["extra fish"] == 0
     assert (
         min(share["count"], share["colours"], share["direction"]) >= 0.975
         and share["pattern"] >= 0.9
@@ -214,7 +214,7 @@ def test_the_detector_sees_what_is_wrong():
         return judge(looked_at(video)[0], asked_for(scenes | changes, 0))
 
     assert verdict(video) == {
-        "fish too many": 0,
+        "extra fish": 0,
         "count": 1,
         "colours": 1,
         "direction": 1,
@@ -223,7 +223,7 @@ def test_the_detector_sees_what_is_wrong():
     twice = verdict(
         torch.cat([video, video], dim=-1)
     )  # the fish in each half, as a naive window would draw it
-    assert twice["fish too many"] == 1 and twice["count"] == twice["colours"] == 0
+    assert twice["extra fish"] == 1 and twice["count"] == twice["colours"] == 0
     assert verdict(video, colour=(scenes["colour"] + 1) % 5)["colours"] == 0
     backwards = verdict(video.flip(2))
     assert backwards["direction"] == 0 and backwards["count"] == 1

@@ -36,15 +36,17 @@ METHODS = {
     "full attention": {"override": False},
     "clipped window": {"override": False},
     "inward window": {"override": False},
-    "inward + override": {},
+    "inward window and override": {},
     "cached, k = 2": {"cache_interval": 2},
     "cached, k = 5": {"cache_interval": 5},
 }
-SEEDS = {
+ENLARGED = "base clip, enlarged"
+AFTER_VAE = "true clips after the VAE"
+SEEDS = {  # of scenes: settings are chosen on "choice"
     "test": 2_000_000,
     "choice": 3_000_000,
     "true": 4_000_000,
-}  # of scenes: settings are chosen on "choice"
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,15 +56,19 @@ SEEDS = {
 def hue_and_saturation(rgb):
     """Hue in radians and saturation in [0, 1], (N, H, W) each, of (N, 3, H, W) in [0, 1]."""
     red, green, blue = rgb.unbind(1)
-    hue = torch.atan2(math.sqrt(3) / 2 * (green - blue), red - (green + blue) / 2)
-    return hue, (rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp(min=1e-3)
+    across = math.sqrt(3) / 2 * (green - blue)
+    hue = torch.atan2(across, red - (green + blue) / 2)
+    brightest = rgb.amax(1)
+    saturation = (brightest - rgb.amin(1)) / brightest.clamp(min=1e-3)
+    return hue, saturation
 
 
 def blobs(mask):
     """The connected parts of masks (N, H, W): numbers from 1 on at each pixel, 0 outside, the same
     within a part."""
     mask = mask[:, None].float()
-    labels = (torch.arange(mask.numel(), device=mask.device) + 1.0).view_as(mask) * mask
+    numbers = torch.arange(mask.numel(), device=mask.device) + 1.0
+    labels = numbers.view_as(mask) * mask
     while True:
         spread = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
         if torch.equal(spread, labels):
@@ -74,56 +80,74 @@ def find_fish(frames):
     """The fish in every frame of (N, 3, H, W) in [0, 1]: per frame a list of dicts of colour, x,
     mask (H, W)."""
     frames = F.interpolate(frames, (NATIVE.height, NATIVE.width), mode="area")
-    hue, saturation = hue_and_saturation(frames)
-    palette, _ = hue_and_saturation(
-        torch.tensor(list(world.COLOURS.values()), device=frames.device).view(-1, 3, 1, 1)
-    )
-    distance = (hue[:, None] - palette.view(1, -1, 1, 1) + math.pi).remainder(2 * math.pi) - math.pi
-    distance, colour = distance.abs().min(dim=1)
-    sandy = (hue > math.radians(24)) & (hue < math.radians(60))
-    coloured = (
-        (distance < math.radians(24))
-        & (saturation > torch.where(sandy, 0.58, 0.36))
-        & (frames.amax(1) > 0.22)
-    )
-
-    def grow(mask, size):
-        return F.max_pool2d(mask, size, stride=1, padding=size // 2)
-
-    def close(mask):  # over white stripes, spots and eyes
-        return -grow(-grow(mask.float(), 9), 9)
-
-    mask = close(coloured[:, None])
-    mask = grow(-grow(-mask, 3), 3)[:, 0] > 0.5  # without specks
-    labels, found = blobs(mask), []
-    for n in range(len(frames)):
+    colour, is_coloured = nearest_colours(frames)
+    mask = close(is_coloured[:, None])
+    mask = grow(-grow(-mask, 3), 3)  # without specks
+    labels = blobs(mask[:, 0] > 0.5)
+    found = []
+    for frame_labels, frame_colour, frame_coloured in zip(labels, colour, is_coloured, strict=True):
         fish = []
-        for label in labels[n].unique().tolist():
-            part = labels[n] == label
-            if label == 0 or part.sum() < 60:  # a small fish has about 400 pixels
-                continue
-            share = torch.bincount(
-                colour[n][part & coloured[n]], minlength=len(world.COLOURS)
-            ).float()
-            share = share / share.sum().clamp(min=1)
-            colours = (share > 0.12).nonzero().flatten().tolist()
-            for index in colours:  # two fish that touch are two
-                own = part & coloured[n] & (colour[n] == index)
-                x = own.nonzero()[:, 1].float().mean().item()
-                whole = part if len(colours) == 1 else close(own[None])[0] > 0.5
-                fish.append({"colour": list(world.COLOURS)[index], "x": x, "mask": whole})
+        for label in frame_labels.unique().tolist():
+            part = frame_labels == label
+            is_large = part.sum() >= 60  # a small fish has about 400 pixels
+            if label > 0 and is_large:
+                fish += fish_of(part, frame_colour, part & frame_coloured)
         found.append(fish)
     return found
+
+
+def nearest_colours(frames):
+    """For each pixel, (N, H, W), the index of the fish's colour whose hue is nearest, and whether
+    the pixel is near it."""
+    hue, saturation = hue_and_saturation(frames)
+    colours = torch.tensor(list(world.COLOURS.values()), device=frames.device)
+    palette, _ = hue_and_saturation(colours[:, :, None, None])
+    turn = hue[:, None] - palette.view(1, -1, 1, 1)
+    distance = (turn + math.pi).remainder(2 * math.pi) - math.pi
+    distance, colour = distance.abs().min(dim=1)
+    is_sandy = (hue > math.radians(24)) & (hue < math.radians(60))
+    is_near = distance < math.radians(24)
+    is_strong = saturation > torch.where(is_sandy, 0.58, 0.36)
+    is_bright = frames.amax(1) > 0.22
+    return colour, is_near & is_strong & is_bright
+
+
+def grow(mask, size):
+    return F.max_pool2d(mask, size, stride=1, padding=size // 2)
+
+
+def close(mask):
+    """A mask with its holes filled: white stripes, spots and eyes."""
+    return -grow(-grow(mask.float(), 9), 9)
+
+
+def fish_of(part, colour, coloured):
+    """The fish in a connected part (H, W) of a frame: two, if they touch and differ in colour."""
+    pixels = torch.bincount(colour[coloured], minlength=len(world.COLOURS)).float()
+    share = pixels / pixels.sum().clamp(min=1)
+    colours = (share > 0.12).nonzero().flatten().tolist()
+    fish = []
+    for index in colours:
+        own = coloured & (colour == index)
+        x = own.nonzero()[:, 1].float().mean().item()
+        mask = part
+        if len(colours) > 1:
+            mask = close(own[None])[0] > 0.5
+        fish.append({"colour": list(world.COLOURS)[index], "x": x, "mask": mask})
+    return fish
 
 
 def pattern_of(frame, mask):
     """`plain`, `striped` or `spotted`: how much the whiteness changes inside a fish, and along
     which axis."""
     white = frame.amin(0)
-    inside = -F.max_pool2d(-mask[None].float(), 5, stride=1, padding=2)[0, 1:, 1:] > 0.5
-    across = (white[1:, 1:] - white[1:, :-1]).abs()[inside].mean().item()
-    along = (white[1:, 1:] - white[:-1, 1:]).abs()[inside].mean().item()
-    if (across + along) * mask.sum().item() ** 0.5 < 4.2:
+    outside = F.max_pool2d(-mask[None].float(), 5, stride=1, padding=2)
+    inside = outside[0, 1:, 1:] < -0.5
+    here = white[1:, 1:]
+    across = (here - white[1:, :-1]).abs()[inside].mean().item()
+    along = (here - white[:-1, 1:]).abs()[inside].mean().item()
+    size = mask.sum().item() ** 0.5
+    if (across + along) * size < 4.2:
         return "plain"
     return "striped" if along < 0.85 * across else "spotted"
 
@@ -131,61 +155,91 @@ def pattern_of(frame, mask):
 def looked_at(video):
     """What the detector sees of clips (B, 3, F, H, W) in [-1, 1]: five frames of the native size,
     (B, 5, 3, h, w) in [0, 1], from the third on every third."""
-    frames = (video[:, :, 2:15:3].transpose(1, 2) + 1) / 2
-    return F.interpolate(
-        frames.flatten(0, 1), (NATIVE.height, NATIVE.width), mode="area"
-    ).unflatten(0, (-1, 5))
+    frames = video[:, :, 2:15:3].transpose(1, 2)
+    frames = (frames.flatten(0, 1) + 1) / 2
+    frames = F.interpolate(frames, (NATIVE.height, NATIVE.width), mode="area")
+    return frames.unflatten(0, (-1, 5))
 
 
 def asked_for(scenes, row):
     """The fish that a scene's caption names, one dict each."""
-    return [
-        {
-            "colour": list(world.COLOURS)[scenes["colour"][row, n]],
-            "direction": scenes["direction"][row, n].item(),
-            "pattern": world.PATTERNS[scenes["pattern"][row, n]],
-        }
-        for n in range(scenes["fish"][row])
-    ]
+    fish = []
+    for one in range(scenes["fish"][row]):
+        colour = scenes["colour"][row, one]
+        pattern = scenes["pattern"][row, one]
+        fish.append(
+            {
+                "colour": list(world.COLOURS)[colour],
+                "direction": scenes["direction"][row, one].item(),
+                "pattern": world.PATTERNS[pattern],
+            }
+        )
+    return fish
 
 
 def judge(frames, wanted):
     """How much of what is `asked_for` can be seen in a clip's frames, as `looked_at` gives them."""
     frames = torch.as_tensor(frames)
     start, *middle, end = find_fish(frames)
-    counts = sorted(len(fish) for fish in middle)
-    colours = sorted(fish["colour"] for fish in wanted)
-    result = {
-        "fish too many": counts[1] - len(wanted),
-        "count": float(counts[1] == len(wanted)),
-        "colours": float(
-            sum(sorted(fish["colour"] for fish in found) == colours for found in middle) >= 2
-        ),
-    }
-    direction, pattern = [], []
+    _, count, _ = sorted(len(found) for found in middle)  # the median
+    colours = colours_of(wanted)
+    frames_with_colours = sum(colours_of(found) == colours for found in middle)
+    directions = []
+    patterns = []
     for fish in wanted:
-        before, after = (
-            [f["x"] for f in found if f["colour"] == fish["colour"]] for found in (start, end)
-        )
-        direction.append(bool(before and after) and (after[0] - before[0]) * fish["direction"] > 0)
-        seen = [
-            pattern_of(frame, f["mask"])
-            for frame, found in zip(frames[1:-1], middle, strict=True)
-            for f in found
-            if f["colour"] == fish["colour"]
-        ]
-        pattern.append(bool(seen) and max(set(seen), key=seen.count) == fish["pattern"])
-    return result | {"direction": float(all(direction)), "pattern": float(all(pattern))}
+        directions.append(swims_right_way(fish, start, end))
+        patterns.append(pattern_seen(fish, frames[1:-1], middle) == fish["pattern"])
+    return {
+        "extra fish": count - len(wanted),
+        "count": float(count == len(wanted)),
+        "colours": float(frames_with_colours >= 2),
+        "direction": float(all(directions)),
+        "pattern": float(all(patterns)),
+    }
+
+
+def colours_of(fish):
+    return sorted(one["colour"] for one in fish)
+
+
+def alike(fish, found):
+    """Those that were found in a frame and have this fish's colour."""
+    return [one for one in found if one["colour"] == fish["colour"]]
+
+
+def swims_right_way(fish, start, end):
+    """Whether it is farther in its direction in the last frame than in the first."""
+    before = alike(fish, start)
+    after = alike(fish, end)
+    if not before or not after:
+        return False
+    return (after[0]["x"] - before[0]["x"]) * fish["direction"] > 0
+
+
+def pattern_seen(fish, frames, found):
+    """The pattern that it has in most frames, or None if it is in none."""
+    seen = []
+    for frame, found_there in zip(frames, found, strict=True):
+        for one in alike(fish, found_there):
+            seen.append(pattern_of(frame, one["mask"]))
+    if not seen:
+        return None
+    return max(set(seen), key=seen.count)
 
 
 # --------------------------------------------------------------------------------------------------
 # Detail, against true clips
 
 
+LUMA = (0.299, 0.587, 0.114)
+LAPLACIAN = ((0, 1, 0), (1, -4, 1), (0, 1, 0))
+
+
 def sharpness(frames):
     """Mean absolute Laplacian of the luma of frames (N, 3, H, W) in [0, 1], one number each."""
-    luma = (frames * frames.new_tensor([0.299, 0.587, 0.114]).view(-1, 1, 1)).sum(1, keepdim=True)
-    kernel = frames.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    weights = frames.new_tensor(LUMA).view(-1, 1, 1)
+    luma = (frames * weights).sum(1, keepdim=True)
+    kernel = frames.new_tensor(LAPLACIAN)[None, None]
     return F.conv2d(luma, kernel).abs().mean((1, 2, 3))
 
 
@@ -193,12 +247,13 @@ def patch_features(frames, channels=48):
     """What patches of 32 pixels, every 16, look like to a random convolutional network: (N, rows,
     columns, D)."""
     draw = torch.Generator().manual_seed(0)
-    x, maps = 4 * frames - 2, []
-    for wide, size in ((3, 5), (channels, 3), (channels, 3)):
-        weight = torch.randn(channels, wide, size, size, generator=draw) * math.sqrt(
-            2 / (wide * size**2)
-        )
-        x = F.relu(F.conv2d(x, weight.to(x), stride=2, padding=size // 2))
+    x = 4 * frames - 2
+    maps = []
+    for inputs, size in ((3, 5), (channels, 3), (channels, 3)):
+        weight = torch.randn(channels, inputs, size, size, generator=draw)
+        weight = weight * math.sqrt(2 / (inputs * size**2))
+        x = F.conv2d(x, weight.to(x), stride=2, padding=size // 2)
+        x = F.relu(x)
         reach = 32 * x.shape[-1] // frames.shape[-1]
         maps.append(F.avg_pool2d(x, reach, reach // 2))
     return torch.cat(maps, dim=1).permute(0, 2, 3, 1)
@@ -209,18 +264,23 @@ def at_border(features, patches=2):
     those inside."""
     border = torch.ones(features.shape[1:3], dtype=torch.bool, device=features.device)
     border[patches:-patches, patches:-patches] = False
-    return features[:, border].flatten(0, 1), features[:, ~border].flatten(0, 1)
+    near = features[:, border].flatten(0, 1)
+    inside = features[:, ~border].flatten(0, 1)
+    return near, inside
 
 
 def frechet(a, b):
     """Frechet distance of two sets of vectors, taken as normally distributed."""
-    a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
+    a = a.double()
+    b = b.double()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    return (
-        (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross
-    ).item()
+    products = torch.linalg.eigvalsh(root @ cov_b @ root)
+    cross = products.clamp(min=0).sqrt().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return (apart + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,47 +308,65 @@ def decode(vae, latents):
 def detail(video):
     """Of clips (B, 3, F, H, W) in [-1, 1], in three frames: sharpness, B numbers, and the features
     of patches."""
-    frames = (video[:, :, [2, 8, 14]].transpose(1, 2) + 1) / 2  # (B, 3 frames, 3, H, W)
-    return [sharpness(clip).mean().item() for clip in frames], torch.stack(
-        [patch_features(clip) for clip in frames]
-    )
+    frames = video[:, :, [2, 8, 14]].transpose(1, 2)  # (B, 3 frames, 3, H, W)
+    frames = (frames + 1) / 2
+    sharp = [sharpness(clip).mean().item() for clip in frames]
+    features = [patch_features(clip) for clip in frames]
+    return sharp, torch.stack(features)
 
 
 def measure(models, video, scenes, base=None):
     """One dict of numbers per clip of (B, 3, F, H, W) in [-1, 1], and the features of its patches.
     What the detector says is under "verdict", as a promise: other processes look while the next
     clips are made."""
-    (sharp, features), results, seen = detail(video), [], looked_at(video).cpu().numpy()
+    sharp, features = detail(video)
+    seen = looked_at(video).cpu().numpy()
+    results = []
     for row, clip in enumerate(video):
-        result = {
-            "verdict": models.judges.submit(judge, seen[row], asked_for(scenes, row)),
-            "sharpness": sharp[row],
-        }
+        wanted = asked_for(scenes, row)
+        result = {"verdict": models.judges.submit(judge, seen[row], wanted)}
+        result["sharpness"] = sharp[row]
         if base is not None:
-            small = [
-                F.interpolate(
-                    v.transpose(0, 1), (NATIVE.height // 2, NATIVE.width // 2), mode="area"
-                )
-                for v in (clip, base[row])
-            ]
-            result["layout"] = -10 * math.log10((small[0] - small[1]).square().mean().item() / 4)
+            result["layout"] = psnr(half_size(clip), half_size(base[row]))
         results.append(result)
     return results, features
 
 
-def settled(results):
+def half_size(clip):
+    """A clip (3, F, H, W) at half the native size."""
+    size = (NATIVE.height // 2, NATIVE.width // 2)
+    return F.interpolate(clip.transpose(0, 1), size, mode="area")
+
+
+def psnr(a, b):
+    """Of pixels in [-1, 1], in dB."""
+    error = (a - b).square().mean().item()
+    return -10 * math.log10(error / 4)
+
+
+def wait_for_verdicts(results):
     """The numbers of clips, with what the detector promised."""
-    return [
-        numbers["verdict"].result() | {key: numbers[key] for key in numbers if key != "verdict"}
-        for numbers in results
-    ]
+    complete = []
+    for numbers in results:
+        rest = {name: value for name, value in numbers.items() if name != "verdict"}
+        complete.append(numbers["verdict"].result() | rest)
+    return complete
 
 
 def share(values):
     """Markdown: a share of clips, and the half of its 95% interval (Agresti and Coull's, honest
     near 0 and 1)."""
-    clips, guess = len(values) + 4, (sum(values) + 2) / (len(values) + 4)
-    return f"{np.mean(values):.1%} ± {1.96 * math.sqrt(guess * (1 - guess) / clips):.1%}"
+    clips = len(values) + 4
+    guess = (sum(values) + 2) / clips
+    half = 1.96 * math.sqrt(guess * (1 - guess) / clips)
+    return f"{np.mean(values):.1%} ± {half:.1%}"
+
+
+def mean(values, form):
+    """Markdown: a mean, and the half of its 95% interval."""
+    values = np.array(values, dtype=float)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    return f"{form.format(values.mean())} ± {form.format(half)}"
 
 
 def native_table(judged):
@@ -298,11 +376,10 @@ def native_table(judged):
         "|---|---|---|---|---|",
     ]
     for name, results in judged.items():
-        cells = [
-            share([result[column] for result in results])
-            for column in ("count", "colours", "direction", "pattern")
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [name]
+        for column in ("count", "colours", "direction", "pattern"):
+            cells.append(share([result[column] for result in results]))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -310,36 +387,41 @@ def table(results, truth):
     """Markdown: a line per method; results is {method: (list of dicts, features (clips, 3, rows,
     columns, D))}."""
     lines = [
-        "| | fish too many | count right | colours right | layout, dB | sharpness | patches inside "
+        "| | extra fish | count right | colours right | layout, dB | sharpness | patches inside "
         "| at the border | s per clip |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def spread(values, form):
-        values = np.array(values, dtype=float)
-        return (
-            f"{form.format(values.mean())} ± "
-            f"{form.format(1.96 * values.std() / math.sqrt(len(values)))}"
-        )
-
     for method, (numbers, features) in results.items():
-        column = {
-            name: [result[name] for result in numbers if name in result]
-            for name in ("fish too many", "count", "colours", "layout", "sharpness", "seconds")
-        }
-        fifths = [at_border(part.flatten(0, 1)) for part in features.chunk(5)]
-        cells = [
-            spread(column["fish too many"], "{:.2f}"),
-            share(column["count"]),
-            share(column["colours"]),
-            spread(column["layout"], "{:.1f}") if column["layout"] else "",
-            spread(np.array(column["sharpness"]) / truth["sharpness"], "{:.2f}"),
-            spread([frechet(inside, truth["inside"]) for _, inside in fifths], "{:.3f}"),
-            spread([frechet(border, truth["border"]) for border, _ in fifths], "{:.3f}"),
-            f"{np.median(column['seconds']):.2f}" if column["seconds"] else "",
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        cells = [method, *cells_of(numbers, features, truth)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def cells_of(numbers, features, truth):
+    """The cells of a method in `table`."""
+
+    def column(name):
+        return [result[name] for result in numbers if name in result]
+
+    sharp = np.array(column("sharpness")) / truth["sharpness"]
+    layout = column("layout")
+    seconds = column("seconds")
+    borders = []
+    insides = []
+    for fifth in features.chunk(5):
+        border, inside = at_border(fifth.flatten(0, 1))
+        borders.append(frechet(border, truth["border"]))
+        insides.append(frechet(inside, truth["inside"]))
+    return [
+        mean(column("extra fish"), "{:.2f}"),
+        share(column("count")),
+        share(column("colours")),
+        mean(layout, "{:.1f}") if layout else "",
+        mean(sharp, "{:.2f}"),
+        mean(insides, "{:.3f}"),
+        mean(borders, "{:.3f}"),
+        f"{np.median(seconds):.2f}" if seconds else "",
+    ]
 
 
 def parse_arguments():
@@ -374,26 +456,25 @@ def parse_arguments():
 def base_clips(args, models, scenes, batches):
     """Of every batch and seed the base clips and text embeddings, {(start, seed): (base, text,
     negative)}, and what the detector says of them and of true clips, {name: list of dicts}."""
-    bases, judged = {}, {"true clips": [], "true clips through the VAE": [], "base clips": []}
+    bases = {}
+    judged = {"true clips": [], AFTER_VAE: [], "base clips": []}
+    shape = (16, NATIVE.frames // 4 + 1, NATIVE.height // 8, NATIVE.width // 8)
     for start, end in tqdm(batches, "base"):
         part = rows_of(scenes, start, end)
         true = render(part, 1, models.device)
         judged["true clips"] += measure(models, true, part)[0]
-        judged["true clips through the VAE"] += measure(
-            models, decode(models.vae, encode(models.vae, true)), part
-        )[0]
+        decoded = decode(models.vae, encode(models.vae, true))
+        judged[AFTER_VAE] += measure(models, decoded, part)[0]
         prompts = [*world.captions(part), ""]
-        text, negative = encode_prompt(models.encoder, models.tokenizer, prompts).split(
-            [len(prompts) - 1, 1]
-        )
-        negative = negative.expand_as(text)
-        shape = len(text), 16, NATIVE.frames // 4 + 1, NATIVE.height // 8, NATIVE.width // 8
+        embedded = encode_prompt(models.encoder, models.tokenizer, prompts)
+        text = embedded[:-1]
+        negative = embedded[-1:].expand_as(text)
         for seed in range(args.seeds):
             latents = generate(
                 models.transformer,
                 text,
                 negative,
-                shape,
+                (len(text), *shape),
                 steps=args.steps,
                 guidance=NATIVE.guidance,
                 flow_shift=NATIVE.base_shift,
@@ -401,7 +482,7 @@ def base_clips(args, models, scenes, batches):
             )
             base = decode(models.vae, latents)
             judged["base clips"] += measure(models, base, part)[0]
-            bases[start, seed] = base.cpu(), text, negative
+            bases[start, seed] = (base.cpu(), text, negative)
     return bases, judged
 
 
@@ -409,62 +490,80 @@ def true_clips(args, models, batches, scale):
     """What other scenes than those of the prompts look like at a multiple of the native size:
     sharpness and patches at the border and inside; and, as `measure` gives it for each batch, what
     the VAE makes of them."""
-    scenes = world.sample_scenes(
-        args.prompts, torch.Generator().manual_seed(SEEDS["true"]), NATIVE.frames
-    )
-    truth, ceiling = [], []
+    draw = torch.Generator().manual_seed(SEEDS["true"])
+    scenes = world.sample_scenes(args.prompts, draw, NATIVE.frames)
+    sharp = []
+    features = []
+    after_vae = []
     for start, end in batches:
         part = rows_of(scenes, start, end)
         video = render(part, scale, models.device)
-        truth.append(detail(video))
-        ceiling.append(measure(models, decode(models.vae, encode(models.vae, video)), part))
-    border, inside = at_border(torch.cat([features for _, features in truth]).flatten(0, 1))
-    return {
-        "sharpness": np.mean(sum((sharp for sharp, _ in truth), [])),
-        "border": border,
-        "inside": inside,
-    }, ceiling
+        sharp_here, features_here = detail(video)
+        sharp += sharp_here
+        features.append(features_here)
+        decoded = decode(models.vae, encode(models.vae, video))
+        after_vae.append(measure(models, decoded, part))
+    border, inside = at_border(torch.cat(features).flatten(0, 1))
+    truth = {"sharpness": np.mean(sharp), "border": border, "inside": inside}
+    return truth, after_vae
 
 
 def refined_clips(args, models, scenes, bases, scale, settings):
     """Every base clip refined by every method: {method: what `measure` gives for each batch}, and
     of six clips the middle frame by every method, [{method: [frame]}]."""
-    native = NATIVE.height // 16, NATIVE.width // 16
-    height, width = NATIVE.height * scale, NATIVE.width * scale
-    results, pictures = {name: [] for name in ("bilinear upscale", *args.methods)}, []
+    size = (NATIVE.height * scale, NATIVE.width * scale)
+    results = {name: [] for name in (ENLARGED, *args.methods)}
+    pictures = []
     for (start, seed), (base, text, negative) in tqdm(bases.items(), f"{scale}x"):
-        part, base = rows_of(scenes, start, start + len(base)), base.to(models.device)
-        videos = {"bilinear upscale": upsample(base, height, width)}
-        results["bilinear upscale"].append(measure(models, videos["bilinear upscale"], part, base))
-        clean = encode(models.vae, videos["bilinear upscale"])
+        part = rows_of(scenes, start, start + len(base))
+        base = base.to(models.device)
+        enlarged = upsample(base, *size)
+        videos = {ENLARGED: enlarged}
+        results[ENLARGED].append(measure(models, enlarged, part, base))
+        clean = encode(models.vae, enlarged)
+        draw_seed = 1000 * seed + start + 500
         for method in args.methods:
             began = time.time()
-            latents = refine(
-                models.transformer,
-                clean,
-                text,
-                negative,
-                native=native,
-                steps=args.steps,
-                generator=torch.Generator().manual_seed(1000 * seed + start + 500),
-                window_attention=models.windows.get(method, models.windows["inward window"]),
-                **settings,
-                **METHODS[method],
-            )
-            if models.device.type == "cuda":
-                torch.cuda.synchronize()
+            latents = refine_by(method, args, models, clean, text, negative, draw_seed, settings)
             seconds = (time.time() - began) / len(base)
             videos[method] = decode(models.vae, latents)
             numbers, features = measure(models, videos[method], part, base)
-            results[method].append(
-                ([number | {"seconds": seconds} for number in numbers], features)
-            )
+            for number in numbers:
+                number["seconds"] = seconds
+            results[method].append((numbers, features))
         if not pictures:
-            pictures = [
-                {name: [media.to_frame(video[row : row + 1], 8)] for name, video in videos.items()}
-                for row in range(min(6, len(base)))
-            ]
+            pictures = middle_frames(videos, min(6, len(base)))
     return results, pictures
+
+
+def refine_by(method, args, models, clean, text, negative, seed, settings):
+    windows = models.windows
+    latents = refine(
+        models.transformer,
+        clean,
+        text,
+        negative,
+        native=(NATIVE.height // 16, NATIVE.width // 16),
+        steps=args.steps,
+        generator=torch.Generator().manual_seed(seed),
+        window_attention=windows.get(method, windows["inward window"]),
+        **settings,
+        **METHODS[method],
+    )
+    if models.device.type == "cuda":
+        torch.cuda.synchronize()
+    return latents
+
+
+def middle_frames(videos, count):
+    """Those of the first clips, [{method: [frame]}]."""
+    pictures = []
+    for row in range(count):
+        frames = {}
+        for method, video in videos.items():
+            frames[method] = [media.to_frame(video[row : row + 1], NATIVE.frames // 2)]
+        pictures.append(frames)
+    return pictures
 
 
 def window_attentions(device):
@@ -479,35 +578,60 @@ def window_attentions(device):
     }
 
 
-@torch.no_grad()
-def main():
-    args = parse_arguments()
-    args.output.mkdir(parents=True, exist_ok=True)
-    device, dtype = (
-        torch.device(args.device),
-        torch.bfloat16 if args.device != "cpu" else torch.float32,
+def load_models(args, device):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    judges = ProcessPoolExecutor(
+        max_workers=max(1, os.cpu_count() - 1),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
     )
-    models = SimpleNamespace(
+    return SimpleNamespace(
         device=device,
         encoder=TextEncoder.from_pretrained(args.model / "text_encoder", device),
         tokenizer=load_tokenizer(args.model / "tokenizer", NATIVE.text_length),
         transformer=WanTransformer.from_pretrained(args.model / "transformer", device, dtype),
         vae=WanVAE.from_pretrained(args.model / "vae", device),
         windows=window_attentions(device),
-        judges=ProcessPoolExecutor(
-            max(1, os.cpu_count() - 1),
-            multiprocessing.get_context("spawn"),
-            torch.set_num_threads,
-            (1,),
-        ),
+        judges=judges,
     )
-    scenes = world.sample_scenes(
-        args.prompts, torch.Generator().manual_seed(SEEDS[args.scenes]), NATIVE.frames
-    )
-    batches = [
-        (start, min(start + args.batch, args.prompts))
-        for start in range(0, args.prompts, args.batch)
-    ]
+
+
+def join(parts):
+    """What `measure` gave for each batch, as one."""
+    numbers = []
+    features = []
+    for numbers_here, features_here in parts:
+        numbers += numbers_here
+        features.append(features_here)
+    return wait_for_verdicts(numbers), torch.cat(features)
+
+
+def save_pictures(folder, name, pictures):
+    """For each clip a picture, NAME-ROW.png: for each method a frame, and below it a part of it,
+    enlarged."""
+    for row, methods in enumerate(pictures):
+        *_, last = methods
+        strips = np.split(media.comparison(methods, detail_from=last), len(methods))
+        columns = []
+        for strip in strips:
+            frame, part = np.split(strip, 2, axis=1)
+            columns.append(np.concatenate([frame, part]))
+        picture = np.concatenate(columns, axis=1)
+        Image.fromarray(picture).save(folder / f"{name}-{row}.png")
+
+
+@torch.no_grad()
+def main():
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    models = load_models(args, torch.device(args.device))
+    draw = torch.Generator().manual_seed(SEEDS[args.scenes])
+    scenes = world.sample_scenes(args.prompts, draw, NATIVE.frames)
+    batches = []
+    for start in range(0, args.prompts, args.batch):
+        batches.append((start, min(start + args.batch, args.prompts)))
+    count = f"{args.prompts} prompts, {args.seeds} seeds"
     lines = []
 
     def report(text):
@@ -516,47 +640,25 @@ def main():
         (args.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     bases, judged = base_clips(args, models, scenes, batches)
-    judged = {name: settled(results) for name, results in judged.items()}
-    report(
-        f"At the native size, {args.prompts} prompts, {args.seeds} seeds:\n\n"
-        + native_table(judged)
-    )
+    judged = {name: wait_for_verdicts(results) for name, results in judged.items()}
+    report(f"At the native size, {count}:\n\n{native_table(judged)}")
     for scale in args.scales:
-        truth, ceiling = true_clips(args, models, batches, scale)
+        truth, after_vae = true_clips(args, models, batches, scale)
         for strength, shift, guidance in itertools.product(
             args.strength, args.flow_shift, args.guidance
         ):
             settings = {"strength": strength, "flow_shift": shift, "guidance": guidance}
             results, pictures = refined_clips(args, models, scenes, bases, scale, settings)
-            results["true clips through the VAE"] = ceiling
-            joined = {
-                name: (
-                    settled(sum((numbers for numbers, _ in parts), [])),
-                    torch.cat([f for _, f in parts]),
-                )
-                for name, parts in results.items()
-            }
+            results[AFTER_VAE] = after_vae
+            joined = {name: join(parts) for name, parts in results.items()}
             report(
-                f"\nAt {scale} times the native size, strength {strength}, flow shift "
-                f"{shift}, guidance {guidance}, "
-                f"{args.steps} steps, {args.prompts} prompts, {args.seeds} seeds:\n\n"
-                + table(joined, truth)
+                f"\nAt {scale} times the native size, strength {strength}, flow shift {shift}, "
+                f"guidance {guidance}, {args.steps} steps, {count}:\n\n{table(joined, truth)}"
             )
             name = f"{scale}x-strength{strength}-shift{shift}-guidance{guidance}"
-            for row, methods in enumerate(pictures):
-                strips = np.split(
-                    np.asarray(media.comparison(methods, detail_from=list(methods)[-1])),
-                    len(methods),
-                )  # a frame, and a part enlarged,
-                columns = [
-                    np.concatenate(np.split(strip, 2, axis=1)) for strip in strips
-                ]  # now one above the other
-                Image.fromarray(np.concatenate(columns, axis=1)).save(
-                    args.output / f"{name}-{row}.png"
-                )
-            (args.output / f"{name}.json").write_text(
-                json.dumps({key: value[0] for key, value in joined.items()}), encoding="utf-8"
-            )
+            save_pictures(args.output, name, pictures)
+            numbers = {method: numbers for method, (numbers, _) in joined.items()}
+            (args.output / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""The two pictures of the README, computed: `python -m tiny.figures [FOLDER]`, a few minutes on two
-CPU cores.
+"""The pictures of the README, computed: `python -m tiny.figures [FOLDER]`, some minutes on two CPU
+cores.
 
-    windows.png   which tokens three queries see, with clipped and with inward windows
-    paths.png     one frame, refined by each part of the method
+    windows.png    which tokens three queries see, with clipped and with inward windows
+    methods.webp   one clip, refined by windows alone, by FreeSwim and by full attention
+    sample.webp    the refined clip of `python sample.py`
 
 They are written to FOLDER, by default the folder of this file.
 """
 
+import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from freeswim import (
     window_mask,
 )
 from model import TextEncoder, WanTransformer, WanVAE, encode_prompt, load_tokenizer
-from support.media import to_frame
+from support.media import read_clip, to_frame
 from support.presets import BUNDLED
 
 TINY = Path(__file__).parent
@@ -78,27 +81,25 @@ def draw_frame(picture, top, left, seen, query, label):
 
 
 # --------------------------------------------------------------------------------------------------
-# Paths
+# Methods
 
 PROMPT = "a large red striped fish swims right above a sandy floor with bubbles"
 SEED = 0
 FLOW_SHIFT = 7.0  # enough noise for windows to go wrong
 SIZE = (256, 384)  # pixels, twice the native size
-FRAME_SHOWN = 8  # the middle one of 17
 
 CLIPPED = partial(grouped_window, border="clipped")
-VARIANTS = {
-    "clipped window": {"override": False, "window_attention": CLIPPED},
-    "inward window": {"override": False},
-    "with override": {},
-    "with cache, k = 5": {"cache_interval": 5},
+METHODS = {
+    "clipped windows": {"override": False, "window_attention": CLIPPED},
+    "inward windows": {"override": False},
+    "FreeSwim": {"cache_interval": 5},
     "full attention": {"override": False, "window_attention": no_window},
 }
 
 
 @torch.no_grad()
-def draw_paths():
-    """The same frame of the same clip, refined in each way, in one row."""
+def refine_by_all_methods():
+    """The same clip, refined by each method: {name: (1, 3, F, H, W)}."""
     transformer = WanTransformer.from_pretrained(TINY / "transformer")
     vae = WanVAE.from_pretrained(TINY / "vae")
     encoder = TextEncoder.from_pretrained(TINY / "text_encoder")
@@ -121,8 +122,8 @@ def draw_paths():
     upscaled = upsample(vae.decode(base, tiled=False), *SIZE)
     latents = vae.encode(upscaled, tiled=False)
 
-    frames = {}
-    for name, options in VARIANTS.items():
+    videos = {}
+    for name, options in METHODS.items():
         refined = refine(
             transformer,
             latents,
@@ -136,8 +137,18 @@ def draw_paths():
             **settings,
             **options,
         )
-        frames[name] = to_frame(vae.decode(refined, tiled=False), FRAME_SHOWN)
-    return labelled_row(frames)
+        videos[name] = vae.decode(refined, tiled=False)
+    return videos
+
+
+def draw_methods():
+    """Pictures (H, W, 3), one for each frame: all methods side by side."""
+    videos = refine_by_all_methods()
+    pictures = []
+    for index in range(BUNDLED.frames):
+        frames = {name: to_frame(video, index) for name, video in videos.items()}
+        pictures.append(labelled_row(frames))
+    return pictures
 
 
 def labelled_row(frames):
@@ -154,10 +165,32 @@ def labelled_row(frames):
     return picture
 
 
+# --------------------------------------------------------------------------------------------------
+# The sample
+
+
+def draw_sample():
+    """The frames of the refined clip of `python sample.py`."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        command = [sys.executable, TINY.parent / "sample.py", "--output", output]
+        subprocess.run(command, check=True)
+        clip = read_clip(output / "freeswim.mp4", BUNDLED.frames)
+    return [Image.fromarray(frame.numpy()) for frame in clip.frames.permute(0, 2, 3, 1)]
+
+
+def save_animation(file, pictures):
+    """A WebP that plays in a loop, as fast as the clip."""
+    first, *rest = pictures
+    duration = round(1000 / BUNDLED.fps)  # milliseconds
+    first.save(file, save_all=True, append_images=rest, duration=duration, loop=0, quality=80)
+
+
 def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     draw_windows().save(folder / "windows.png", optimize=True)
-    draw_paths().save(folder / "paths.png", optimize=True)
+    save_animation(folder / "methods.webp", draw_methods())
+    save_animation(folder / "sample.webp", draw_sample())
 
 
 if __name__ == "__main__":
