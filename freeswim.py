@@ -46,7 +46,7 @@ class NotFiniteError(ArithmeticError):
 
 def window_size(native_length: int) -> int:
     """Length of a window along one axis: that of a native frame, in tokens, rounded up to an odd
-    number so that the query can be in the middle. 480p has 30 x 52 tokens; its window is 31 x 53.
+    number: the query is in the middle. 480p has 30 x 52 tokens; its window is 31 x 53.
     """
     return 2 * (native_length // 2) + 1
 
@@ -195,7 +195,7 @@ def generate(
 
     `text` and `negative` are text embeddings, (B, L, text_dim). With `guidance` 1 the negative pass
     is skipped, and `negative` may be None. `guidance_2` is that of Wan2.2's second expert, by
-    default the same. `generator` is a CPU generator, so that a seed gives the same noise on every
+    default the same. `generator` is a CPU generator, so a seed gives the same noise on every
     device, or a list of them, one for each clip. `progress` may wrap the list of steps, like tqdm.
     Raises ValueError for what cannot work, and NotFiniteError if the latents overflow.
     """

@@ -70,7 +70,7 @@ WAN_NAMES = {  # ours: those of Wan's own code
     "proj_out.": "head.head.",
     ".scale_shift_table": ".modulation",
 }
-ADAPTER = "adapter_model.safetensors"  # as PEFT saves a LoRA, with its settings beside it:
+ADAPTER = "adapter_model.safetensors"  # as PEFT saves a LoRA, with its settings next to it:
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -93,7 +93,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file's metadata, or PEFT's file beside it, says of alpha. Without it, alpha is what
+    """What a file's metadata, or PEFT's file next to it, says of alpha. Without it, alpha is what
     the file's own tensors say, or the rank."""
 
     alpha: float | None = None
@@ -163,13 +163,13 @@ def find(option, written):
         if not (file / ADAPTER).is_file():
             raise UserError(f"{option} {name}: is a folder without PEFT's {ADAPTER}; give a file")
         file = file / ADAPTER
-    beside = file.with_name(ADAPTER_CONFIG)
-    config = beside if beside.is_file() and is_of_peft(option, file) else None
+    settings = file.with_name(ADAPTER_CONFIG)
+    config = settings if settings.is_file() and is_of_peft(option, file) else None
     return Lora(option, file, weight, name, config)
 
 
 def is_of_peft(option, file):
-    """Whether PEFT wrote a file, so that the settings beside it are its own."""
+    """Whether PEFT wrote a file, so the settings next to it are its own."""
     if file.name == ADAPTER:
         return True
     try:
@@ -272,7 +272,7 @@ def find_changes(transformer, loras):
 
 
 def with_scale_of(lora, parts, matrices):
-    """The parts of a bias, with those of the matrices beside it that its scale depends on."""
+    """The parts of a bias, with those of the matrices that its scale depends on."""
     if "down" not in matrices:
         refuse(lora, f"{parts['bias of up']} is there, but not its matrices")
     found = dict(parts)
@@ -356,7 +356,7 @@ REFUSED_SETTINGS = {
     "monteclora_config": "MonteCLoRA",
     "fan_in_fan_out": "transposed matrices",
 }
-# With another start, training changed the weights beside the LoRA too.
+# With another start, training changed the weights as well as the LoRA.
 STARTS_FROM_THE_WEIGHTS = (True, False, None, "gaussian", "default", "eva", "orthogonal")
 
 

@@ -21,8 +21,8 @@ def pin(tensor):
 
 
 class Copies:
-    """Copies in a stream beside the computation's. `start` has them begin once all that is queued
-    there is done; after `wait`, later work there waits for the copies."""
+    """Copies in a stream of their own. `start` begins them when the computation has done all that
+    is queued; after `wait`, its later work waits for the copies."""
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -231,7 +231,7 @@ EXCHANGED_TENSORS = 3.5  # more, if there are several processes
 
 
 def working_tensors(heads):
-    """How many tensors of all its tokens a process needs at the most, beside the cache."""
+    """How many tensors of all its tokens a process needs at most, without the cache."""
     heads_of_process = math.ceil(heads / world_size())
     at_a_time = min(HEADS_AT_A_TIME, heads_of_process) / heads_of_process
     count = BLOCK_TENSORS + ATTENTION_TENSORS * at_a_time
@@ -244,7 +244,7 @@ SPARE = 45 * 10**6  # bytes that libraries take for themselves
 
 
 def vae_weights(plan):
-    """Bytes of the VAE's weights: float32, and float16 beside it if it computes in that."""
+    """Bytes of the VAE's weights: float32, and a float16 copy if it computes in that."""
     itemsize = 4 if plan.options.vae_dtype == "float32" else 4 + 2
     return itemsize * sum(parameter.numel() for parameter in plan.parts.vae.parameters())
 
@@ -294,7 +294,7 @@ VAE_TENSORS = 13
 
 def choose_vae_tiles(plan, device, placement):
     """How the VAE of a run divides frames, as a key of VAE_TILES: as little as fits into the GPU's
-    free memory beside the transformer's weights. Whole frames have no seams and are the fastest.
+    free memory next to the transformer's weights. Whole frames have no seams and are the fastest.
     Processes that share the tiles need some."""
     height, width = plan.computed
     if device.type == "cpu":
@@ -319,7 +319,7 @@ def vae_channels(plan):
 
 
 def vae_memory(plan, pixels):
-    """Bytes that decoding needs beside all weights, with tiles of so many pixels."""
+    """Bytes that decoding needs on top of all weights, with tiles of so many pixels."""
     height, width = plan.computed
     frames = plan.options.frames
     itemsize = getattr(torch, plan.options.vae_dtype).itemsize

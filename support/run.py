@@ -1,8 +1,9 @@
-"""A run and its folder: whatever was computed is there, so that nothing is computed twice.
+"""A run and its folder: whatever was computed is kept, and nothing is computed twice.
 
-Every file is written in a temporary folder beside its place, flushed to the disk and renamed: under
-its own name there is only ever a whole one. Nothing is ever deleted but what a run has written. Of
-several processes every one has a Run; the first one writes, and all of them get what it has read.
+Every file is written in a temporary folder next to its place, flushed to the disk and renamed:
+under its own name there is only ever a whole one. Nothing is ever deleted but what a run has
+written. Of several processes every one has a Run; the first one writes, and all of them get what it
+has read.
 """
 
 import json

@@ -27,7 +27,7 @@ def shard(x, dim):
 
 
 def gather(x, length):
-    """The whole of `x`, (B, shard, D), in every rank: (B, length, D)."""
+    """All of `x`, (B, shard, D), in every rank: (B, length, D)."""
     sizes = shard_sizes(length)
     missing = sizes[0] - x.shape[1]
     padded = F.pad(x, (0, 0, 0, missing)).contiguous()  # all-gather wants equal shards

@@ -93,7 +93,8 @@ def write_header(file, header, data, length=None):
 def change_bytes(draw, content):
     """Overwrite, insert, remove or repeat a few bytes, in place."""
     for _ in range(draw.choice((1, 1, 2, 5))):
-        place, count = draw.randrange(len(content) + 1), draw.choice((1, 1, 4, 50))
+        place = draw.randrange(len(content) + 1)
+        count = draw.choice((1, 1, 4, 50))
         new = bytes(draw.choice(b'0123456789{}[]":,-.eE\\\0\xff\x80 nF') for _ in range(count))
         cut = draw.choice((0, count))
         content[place : place + cut] = draw.choice((new, b"", content[place : place + count] * 2))
@@ -183,7 +184,8 @@ def mutate(draw, folder):
         change_value(draw, content)
         file.write_text(json.dumps(content), encoding="utf-8")
     else:
-        file, other = draw.choice(files), draw.choice(files)
+        file = draw.choice(files)
+        other = draw.choice(files)
         change = draw.choice(
             ("removed", "emptied", "a folder", f"now {other.relative_to(folder)}", "a link out")
         )
@@ -226,7 +228,8 @@ def equal(states, others):
 
 
 def main(mutations, seed, folder):
-    draw, outcomes = random.Random(seed), collections.Counter()
+    draw = random.Random(seed)
+    outcomes = collections.Counter()
     for name in ("whole", "outside"):
         (folder / name).mkdir()
         write_random_model(folder / name, heads=2, head_dim=12)
@@ -237,7 +240,8 @@ def main(mutations, seed, folder):
         for part, state in load(folder / "whole").items()
     }
 
-    opened, safe_open = [], model.safe_open
+    opened = []
+    safe_open = model.safe_open
     sys.addaudithook(lambda event, arguments: event == "open" and opened.append(arguments[0]))
     model.safe_open = lambda file, framework: (opened.append(file), safe_open(file, framework))[1]
 

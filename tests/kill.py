@@ -89,10 +89,12 @@ def furthest(folder):
 
 
 def main(kills, folder):
-    draw, struck = random.Random(0), collections.Counter()
+    draw = random.Random(0)
+    struck = collections.Counter()
     began = time.time()
     finish(start(*SETTINGS, "--output", folder / "whole"))
-    seconds, runs = time.time() - began, 0
+    seconds = time.time() - began
+    runs = 0
     while struck.total() < kills:
         runs += 1
         output = folder / str(runs)

@@ -6,13 +6,19 @@ from itertools import product
 import torch
 
 
+def seeded(seed):
+    """A generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
 def relative(actual, expected):
     """The deviation as a fraction of the size of what was expected (Euclidean norms)."""
-    assert actual.shape == expected.shape, (
-        f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    )
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    return ((actual - expected).norm() / expected.norm()).item()
+    shapes = (tuple(actual.shape), tuple(expected.shape))
+    assert shapes[0] == shapes[1], f"{shapes[0]} instead of {shapes[1]}"
+    actual = actual.detach().cpu().double()
+    expected = expected.detach().cpu().double()
+    error = actual - expected
+    return (error.norm() / expected.norm()).item()
 
 
 def seen(position, length, size, border="inward"):
@@ -21,9 +27,16 @@ def seen(position, length, size, border="inward"):
     window lies on the axis."""
     if border == "clipped":
         return [other for other in range(length) if abs(other - position) <= size // 2]
+
+    def distance(run):
+        """Twice that of its centre from the position."""
+        return abs(run[0] + run[-1] - 2 * position)
+
     size = min(size, length)
-    runs = [range(start, start + size) for start in range(length - size + 1)]
-    return list(min(runs, key=lambda run: abs(run[0] + run[-1] - 2 * position)))
+    runs = []
+    for start in range(length - size + 1):
+        runs.append(range(start, start + size))
+    return list(min(runs, key=distance))
 
 
 def window_mask(height, width, window, border="inward"):
@@ -31,8 +44,9 @@ def window_mask(height, width, window, border="inward"):
     query."""
     mask = torch.zeros(height, width, height, width, dtype=torch.bool)
     for row, column in product(range(height), range(width)):
-        rows, columns = seen(row, height, window[0], border), seen(column, width, window[1], border)
-        mask[row, column, torch.tensor(rows)[:, None], torch.tensor(columns)] = True
+        rows = torch.tensor(seen(row, height, window[0], border))
+        columns = torch.tensor(seen(column, width, window[1], border))
+        mask[row, column, rows[:, None], columns] = True
     return mask.flatten(2).flatten(0, 1)
 
 
@@ -41,12 +55,18 @@ def token_mask(grid, window, border="inward"):
     windowed."""
     frames, height, width = grid
     mask = window_mask(height, width, window, border)
-    return mask.repeat_interleave(frames, dim=0).repeat_interleave(frames, dim=1)
+    mask = mask.repeat_interleave(frames, dim=0)
+    return mask.repeat_interleave(frames, dim=1)
 
 
 def window_attention(query, key, value, mask, scale=None):
     """Softmax attention as in the textbook, in float64; (B, heads, N, head_dim) each, `mask` (N,
     N)."""
-    query, key, value = query.double(), key.double(), value.double()
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+    query = query.double()
+    key = key.double()
+    value = value.double()
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2) * scale
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return shares @ value

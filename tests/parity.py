@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from oracle import seeded
 from safetensors.torch import load_file, save_file
 
 from model import TextEncoder, WanTransformer, WanVAE, checkpoint_name
@@ -23,7 +24,7 @@ def randomise(model, seed=0):
     """Every parameter of `model` at random: gains around one, biases and tables around zero,
     matrices so that signals keep their size. Freshly built references have many zeros and ones,
     behind which an error could hide."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = seeded(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
         if "scale_shift_table" in name or name.endswith("bias"):
@@ -111,7 +112,8 @@ def write_checkpoint(folder, config, shapes, shards):
     of about the same size, with an index. Never more than one file in memory. Returns the bytes of
     its tensors, float32."""
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    total, sizes = 4 * sum(math.prod(shape) for shape in shapes.values()), []
+    total = 4 * sum(math.prod(shape) for shape in shapes.values())
+    sizes = []
     files = [{} for _ in range(shards)]
     for name, shape in shapes.items():
         files[min(shards - 1, sum(sizes) * shards // total)][name] = shape
@@ -132,7 +134,8 @@ def write_random_model(folder, heads, head_dim):
     reference's VAE, a small text encoder, and the bundled model's words."""
     (folder / "tokenizer").mkdir()
     words = world.build_tokenizer(folder / "tokenizer" / "tokenizer.json")
-    reference, published = TESTS / "reference" / "wide", TESTS / "wan2.1-t2v-1.3b"
+    reference = TESTS / "reference" / "wide"
+    published = TESTS / "wan2.1-t2v-1.3b"
     transformer = json.loads(
         (reference / "transformer" / "config.json").read_text(encoding="utf-8")
     )
@@ -162,7 +165,8 @@ def write_random_model(folder, heads, head_dim):
 
 def split_weights(folder):
     """Split the one file of a part into two shards with an index."""
-    tensors, weight_map = load_file(folder / "model.safetensors"), {}
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {}
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from oracle import relative
+from oracle import relative, seeded
 from references import REFERENCE, load, refined
 
 from freeswim import flex_window, generate, grouped_window, upsample
@@ -102,7 +102,7 @@ def check_base_and_vae(device):
 
 
 def base_latents(transformer, text, negative):
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     return generate(transformer, text, negative, (2, 16, 3, 10, 14), steps=3, generator=draw)
 
 

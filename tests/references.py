@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
+from oracle import seeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -59,13 +59,14 @@ def load(name):
 
 def refined(case, latents=None, **options):
     """The refinement with the settings of the reference set, but for `options`."""
-    meta, expected = case.meta, case.expected
+    meta = case.meta
+    expected = case.expected
     settings = {
         name: meta[name] for name in ("native", "steps", "strength", "flow_shift", "guidance")
     }
     settings |= {
         "scale_tokens": meta["attention_base_tokens"],
-        "generator": torch.Generator().manual_seed(meta["noise_seed"]),
+        "generator": seeded(meta["noise_seed"]),
     }
     latents = expected["encoded"] if latents is None else latents
     return refine(

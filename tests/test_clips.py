@@ -16,8 +16,20 @@ from PIL import Image
 from support import UserError, media
 from support.plan import make_plan
 
-HEIGHT, WIDTH = 128, 192
+HEIGHT = 128
+WIDTH = 192
 NTSC = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)]
+
+
+def first_frame(file):
+    """(H, W, 3), uint8."""
+    frames = media.read_clip(file, 1).frames
+    return frames[0].permute(1, 2, 0).numpy()
+
+
+def black(frames):
+    """A video, (1, 3, frames, H, W)."""
+    return torch.zeros(1, 3, frames, HEIGHT, WIDTH)
 
 
 def grey_frame(level, height=HEIGHT, width=WIDTH):
@@ -168,7 +180,7 @@ def test_rates_that_cannot_be_are_refused(typed, capsys):
 
 @pytest.mark.parametrize("rate", [NTSC[0], Fraction(25)])
 def test_a_rate_is_written_exactly(tmp_path, rate):
-    media.write_video(tmp_path / "out.mp4", torch.zeros(1, 3, 9, HEIGHT, WIDTH), rate)
+    media.write_video(tmp_path / "out.mp4", black(9), rate)
     assert media.read_clip(tmp_path / "out.mp4", 99).fps == rate
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.video[0].average_rate == rate
@@ -205,7 +217,12 @@ def test_start_picks_where_to_begin(tmp_path, suffix):
 def test_a_long_film_starts_as_quickly_as_a_short_one(tmp_path, monkeypatch):
     """Nothing is decoded but the frames that are used, and a few from the last keyframe on."""
     decoded = []
-    monkeypatch.setattr(media, "rgb_of", lambda frame, stream: decoded.append(frame) or GREYS[0])
+
+    def count(frame, stream):
+        decoded.append(frame)
+        return GREYS[0]
+
+    monkeypatch.setattr(media, "rgb_of", count)
     film = write(tmp_path / "film.mp4", [GREYS[0]] * 1500, 25)
     media.read_clip(film, 5, start=50)
     assert len(decoded) == 5
@@ -248,7 +265,8 @@ def test_pixels_that_are_not_square(tmp_path, aspect, suffix):
     clip = media.read_clip(write(tmp_path / f"clip.{suffix}", GREYS[:2], aspect=aspect), 99)
     height, width = clip.frames.shape[2:]
     assert abs(Fraction(width, height) / (Fraction(WIDTH, HEIGHT) * aspect) - 1) < 0.02
-    assert height >= HEIGHT and width >= WIDTH
+    assert height >= HEIGHT
+    assert width >= WIDTH
 
 
 def corners():
@@ -282,7 +300,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif[0x0112] = orientation
     more = {"lossless": True} if suffix == "webp" else {}
     image.save(tmp_path / f"a.{suffix}", exif=exif, **more)
-    read = media.read_clip(tmp_path / f"a.{suffix}", 1).frames[0].permute(1, 2, 0).numpy()
+    read = first_frame(tmp_path / f"a.{suffix}")
     expected = EXIF[orientation](corners())
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 4
@@ -292,7 +310,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
 def test_rotated_videos_are_upright(tmp_path, degrees):
     """The display matrix turns counterclockwise."""
     file = write(tmp_path / "clip.mp4", [corners()] * 2, rotation=degrees)
-    read = media.read_clip(file, 1).frames[0].permute(1, 2, 0).numpy()
+    read = first_frame(file)
     expected = np.rot90(corners(), degrees // 90)
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 6
@@ -315,7 +333,8 @@ def patches(height=HEIGHT, width=160):
 def colours_of(frame):
     """The middle of each field."""
     pixels = np.asarray(frame).astype(int)
-    return np.array([pixels[40, 32 * index + 16] for index in range(len(PATCHES))])
+    middles = range(16, 32 * len(PATCHES), 32)
+    return np.array([pixels[40, column] for column in middles])
 
 
 def test_what_is_written_has_the_colours_of_the_png(tmp_path):
@@ -324,8 +343,10 @@ def test_what_is_written_has_the_colours_of_the_png(tmp_path):
     media.write_picture(tmp_path / "out.png", video)
     with av.open(str(tmp_path / "out.mp4")) as container:
         codec = container.streams.video[0].codec_context
-        assert codec.colorspace == 1 and codec.color_range == ColorRange.MPEG
-        assert codec.color_primaries == ColorPrimaries.BT709 and codec.color_trc == ColorTrc.BT709
+        assert codec.colorspace == 1
+        assert codec.color_range == ColorRange.MPEG
+        assert codec.color_primaries == ColorPrimaries.BT709
+        assert codec.color_trc == ColorTrc.BT709
         frame = next(container.decode(video=0))
     frame = frame.reformat(
         format="rgb24",
@@ -334,7 +355,7 @@ def test_what_is_written_has_the_colours_of_the_png(tmp_path):
     )
     picture = colours_of(Image.open(tmp_path / "out.png"))
     assert np.abs(colours_of(frame.to_ndarray()) - picture).max() <= 2
-    again = media.read_clip(tmp_path / "out.mp4", 1).frames[0].permute(1, 2, 0)
+    again = first_frame(tmp_path / "out.mp4")
     assert np.abs(colours_of(again) - picture).max() <= 2
 
 
@@ -353,7 +374,7 @@ def test_input_is_read_with_its_matrix(tmp_path, height, tag, matrix, suffix):
     tags = {} if tag is None else {"colorspace": tag}
     pixels = patches(height)
     file = write(tmp_path / f"clip.{suffix}", [pixels] * 2, tags=tags, matrix=matrix)
-    read = media.read_clip(file, 1).frames[0].permute(1, 2, 0)
+    read = first_frame(file)
     assert np.abs(colours_of(read) - colours_of(pixels)).max() <= 4
 
 
@@ -364,12 +385,14 @@ def test_pictures_of_16_bits_keep_their_values(tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.tiff")
     for name in ("grey.png", "grey.tiff"):
         read = media.read_clip(tmp_path / name, 1).frames[0]
-        assert (read[0, 5].float() - torch.from_numpy(ramp / 257.0)).abs().max() <= 1
+        difference = read[0, 5].float() - torch.from_numpy(ramp / 257.0)
+        assert difference.abs().max() <= 1
     rgb = np.stack([grey, grey[:, ::-1], grey // 2], axis=-1)
     for name, codec, pix_fmt in (("rgb.png", "png", "rgb48be"), ("rgb.tiff", "tiff", "rgb48le")):
         write_rgb48(tmp_path / name, rgb, codec, pix_fmt)
-        read = media.read_clip(tmp_path / name, 1).frames[0].permute(1, 2, 0).numpy()
-        assert np.abs(read.astype(float) - rgb / 257).max() <= 1.5
+        read = first_frame(tmp_path / name)
+        difference = read.astype(float) - rgb / 257
+        assert np.abs(difference).max() <= 1.5
 
 
 def write_rgb48(file, pixels, codec, pix_fmt):
@@ -391,7 +414,7 @@ def test_other_kinds_of_pixels_look_as_in_a_viewer(tmp_path):
     image.quantize(16).save(tmp_path / "palette.gif")
     image.convert("YCbCr").save(tmp_path / "ycc.jpg", quality=98)
     for name in ("cmyk.jpg", "cmyk.tiff", "palette.png", "palette.gif", "ycc.jpg"):
-        read = media.read_clip(tmp_path / name, 1).frames[0].permute(1, 2, 0)
+        read = first_frame(tmp_path / name)
         assert np.abs(colours_of(read) - colours_of(patches())).max() <= 6, name
     black_and_white = Image.fromarray(GREYS[7]).convert("1", dither=Image.Dither.NONE)
     for suffix in ("png", "tiff", "bmp"):
@@ -428,7 +451,8 @@ def test_hdr_is_tone_mapped_and_noted(tmp_path, transfer):
 
 
 def tone(seconds, hertz=440):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(48000 * seconds)) / 48000)
+    times = np.arange(int(48000 * seconds)) / 48000
+    return 0.5 * np.sin(2 * np.pi * hertz * times)
 
 
 def loudest_pitch(samples):
@@ -445,7 +469,7 @@ def test_sound_is_cut_to_the_frames_that_are_used(tmp_path):
     assert sound.samples.shape == (1, 24000)  # 8 frames at 16 per second
     assert abs(loudest_pitch(sound.samples[0, 4000:-4000]) - 880) < 10
 
-    media.write_video(tmp_path / "out.mp4", torch.zeros(1, 3, 8, HEIGHT, WIDTH), 16, sound)
+    media.write_video(tmp_path / "out.mp4", black(8), 16, sound)
     with av.open(str(tmp_path / "out.mp4")) as container:
         stream = container.streams.audio[0]
         parts = [frame.to_ndarray() for frame in container.decode(stream)]
@@ -489,21 +513,30 @@ def test_another_rate_leaves_the_sound_out_and_says_so(checkpoint, tmp_path):
 def test_a_very_wide_clip_never_plans_less_than_native(checkpoint, tmp_path, height, width):
     clip = write(tmp_path / "clip.mp4", [grey_frame(99, height, width)] * 5)
     plan = planned(checkpoint, tmp_path, clip)
-    assert plan.target[0] >= plan.native[0] and plan.target[1] >= plan.native[1]
+    assert plan.target[0] >= plan.native[0]
+    assert plan.target[1] >= plan.native[1]
+
+
+def chessboard(height, width):
+    """Of single pixels, (height, width, 1)."""
+    row, column = np.indices((height, width))
+    is_white = (row + column) % 2
+    return 255 * is_white[..., None]
 
 
 def test_the_comparison_says_what_each_strip_is():
     """The detail is where the full result is sharpest, not where another strip is."""
     result = [grey_frame(10) for _ in range(3)]
-    result[1][80:120, 130:180] = np.indices((40, 50)).sum(0)[..., None] % 2 * 255
+    result[1][80:120, 130:180] = chessboard(40, 50)
     other = [grey_frame(10) for _ in range(3)]
-    other[1][:40, :40] = np.indices((40, 40)).sum(0)[..., None] % 2 * 255
+    other[1][:40, :40] = chessboard(40, 40)
     picture = media.comparison({"FreeSwim": result, "clipped windows": other}, "FreeSwim")
     assert picture.shape == (2 * HEIGHT, 4 * WIDTH, 3)
     detail = picture[:HEIGHT, 3 * WIDTH :]
     assert detail[30:].std() > 40
     labels = np.asarray(picture)[:, :120]
-    assert labels[:20].max() > 200 and labels[HEIGHT : HEIGHT + 20].max() > 200
+    assert labels[:20].max() > 200
+    assert labels[HEIGHT : HEIGHT + 20].max() > 200
 
 
 # --------------------------------------------------------------------------------------------------
@@ -540,7 +573,9 @@ def test_a_run_stopped_before_its_clip_was_kept_goes_on(checkpoint, tmp_path):
 
 def test_a_clip_needs_a_prompt(tmp_path):
     status, _, errors = run("--base-video", tmp_path / "clip.mp4", "--output", tmp_path / "run")
-    assert status == 2 and len(errors) == 1 and "--base-video needs --prompt" in errors[0]
+    assert status == 2
+    assert len(errors) == 1
+    assert "--base-video needs --prompt" in errors[0]
 
 
 @pytest.mark.parametrize("denied", ["the file", "its folder"])
@@ -600,19 +635,21 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, suffix):
             clip = media.read_clip(file, 3)
             assert clip.count >= 1
         except UserError as error:
-            assert str(file) in str(error) and "\n" not in str(error)
+            assert str(file) in str(error)
+            assert "\n" not in str(error)
 
 
 def test_a_title_in_latin_1(tmp_path):
     file = write(tmp_path / "a.avi", GREYS[:5], options={})
     content = file.read_bytes()
     title = b"INAM\x08\0\0\0\xe9t\xe9 1999"
-    entry = b"LIST" + (4 + len(title)).to_bytes(4, "little") + b"INFO" + title
+    length = 4 + len(title)
+    entry = b"LIST" + length.to_bytes(4, "little") + b"INFO" + title
     place = content.index(b"LIST", content.index(b"hdrl"))
     size = int.from_bytes(content[4:8], "little") + len(entry)
     place = content.index(b"movi") - 8
-    changed = content[:4] + size.to_bytes(4, "little") + content[8:place] + entry + content[place:]
-    file.write_bytes(changed)
+    head = content[:4] + size.to_bytes(4, "little")
+    file.write_bytes(head + content[8:place] + entry + content[place:])
     assert media.read_clip(file, 5).count == 5
 
 
@@ -632,7 +669,12 @@ def test_pictures_that_are_too_large(tmp_path):
 def test_a_clips_size_is_judged_by_one_frame(checkpoint, tmp_path, monkeypatch):
     decoded = []
     rgb_of = media.rgb_of
-    monkeypatch.setattr(media, "rgb_of", lambda *given: decoded.append(1) or rgb_of(*given))
+
+    def count_and_decode(*given):
+        decoded.append(1)
+        return rgb_of(*given)
+
+    monkeypatch.setattr(media, "rgb_of", count_and_decode)
     clip = write(tmp_path / "clip.mp4", [grey_frame(9, 600, 900)] * 9)
     with pytest.raises(UserError, match="is 900x600, larger than the"):
         planned(checkpoint, tmp_path, clip)
@@ -641,19 +683,22 @@ def test_a_clips_size_is_judged_by_one_frame(checkpoint, tmp_path, monkeypatch):
 
 def test_a_clip_is_not_kept_in_the_plan(checkpoint, tmp_path):
     clip = write(tmp_path / "clip.mp4", GREYS)
-    assert len(pickle.dumps(planned(checkpoint, tmp_path, clip))) < 10 * 128 * 192
+    plan = pickle.dumps(planned(checkpoint, tmp_path, clip))
+    assert len(plan) < 10 * 128 * 192
 
 
 @pytest.mark.parametrize("rate", [23.976, 29.97002997002997, Fraction(24000, 1001), 12])
 def test_rates_of_any_kind_are_written(tmp_path, rate):
-    media.write_video(tmp_path / "out.mp4", torch.zeros(1, 3, 5, HEIGHT, WIDTH), rate)
+    media.write_video(tmp_path / "out.mp4", black(5), rate)
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert abs(container.streams.video[0].average_rate / rate - 1) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "video", [torch.zeros(1, 3, 1, 16, 16).byte(), torch.full((1, 3, 1, 16, 16), torch.nan)]
-)
+OF_BYTES = torch.zeros(1, 3, 1, 16, 16).byte()
+NOT_FINITE = torch.full((1, 3, 1, 16, 16), torch.nan)
+
+
+@pytest.mark.parametrize("video", [OF_BYTES, NOT_FINITE])
 def test_what_is_no_video_is_not_written(tmp_path, video):
     with pytest.raises(ValueError, match="finite floating-point"):
         media.write_video(tmp_path / "out.mp4", video, 16)

@@ -150,7 +150,8 @@ def test_a_bug_keeps_its_traceback(checkpoint, tmp_path):
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert process.returncode == 1
-    assert "Traceback" in process.stderr and "ValueError: a bug" in process.stderr
+    assert "Traceback" in process.stderr
+    assert "ValueError: a bug" in process.stderr
 
 
 @pytest.mark.parametrize("what", ["a folder", "a file"])
@@ -164,8 +165,10 @@ def test_what_may_not_be_read_is_called_so(checkpoint, tmp_path, what):
     denied.chmod(0)
     status, _, errors = run("--model", tmp_path / "model", "--output", tmp_path / "run", *TINY_RUN)
     denied.chmod(0o700)
-    assert status == 2 and len(errors) == 1
-    assert "permission denied" in errors[0] and str(denied) in errors[0]
+    assert status == 2
+    assert len(errors) == 1
+    assert "permission denied" in errors[0]
+    assert str(denied) in errors[0]
 
 
 class Answer:
@@ -211,7 +214,8 @@ def test_a_dangling_link_is_called_so(checkpoint, tmp_path, name):
     file.unlink()
     file.symlink_to(tmp_path / "blobs" / "gone")
     status, _, errors = run("--model", tmp_path / "model", "--output", tmp_path / "run", *TINY_RUN)
-    assert status == 2 and len(errors) == 1
+    assert status == 2
+    assert len(errors) == 1
     assert f"{file} is a link to nothing" in errors[0]
 
 
@@ -295,7 +299,8 @@ def test_a_folder_whose_name_is_not_unicode_is_refused(tmp_path, option):
     folder = tmp_path / os.fsdecode(b"mod\xe8le")
     folder.mkdir()
     status, _, errors = run(option, folder)
-    assert status == 2 and len(errors) == 1
+    assert status == 2
+    assert len(errors) == 1
     assert "the name is not UTF-8" in errors[0]
 
 
@@ -322,7 +327,8 @@ def test_names_that_are_too_long(option, name, capsys):
     with pytest.raises(SystemExit):
         parse(option, name, "--prompt", "a fish")
     printed = capsys.readouterr().err
-    assert f"{option} {name[0]}" in printed and "the name is too long" in printed
+    assert f"{option} {name[0]}" in printed
+    assert "the name is too long" in printed
     assert len(printed.splitlines()) == 1
 
 
@@ -376,7 +382,8 @@ def test_frames_that_no_encoder_takes(checkpoint, tmp_path):
 def test_a_stray_rank_does_not_silence_the_command(environment):
     status, _, errors = run("--frames", 8, env=environment)
     assert status == 2
-    assert len(errors) == 1 and "--frames 8" in errors[0]
+    assert len(errors) == 1
+    assert "--frames 8" in errors[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -398,7 +405,8 @@ def test_a_full_pipe_does_not_keep_a_run_from_ending(checkpoint, tmp_path, numbe
     try:
         end = time.time() + 60
         while not (output / "state" / "text.safetensors").exists():
-            assert time.time() < end and process.poll() is None
+            assert time.time() < end
+            assert process.poll() is None
             time.sleep(0.05)
         time.sleep(0.5)  # by now it waits for its pipe
         process.send_signal(number)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from command import SMALL, latents, record, run_here
-from oracle import relative
+from oracle import relative, seeded
 from parity import randomise
 from references import REFERENCE, load
 from safetensors.torch import save_file
@@ -45,7 +45,7 @@ class One(WanTransformer):
 
 
 def texts():
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     return torch.randn(2, 1, 12, 24, generator=draw)
 
 
@@ -81,7 +81,7 @@ def test_base_latents_are_diffusers(guidance, guidance_2):
     pipeline.set_progress_bar_config(disable=True)
     text, negative = texts()
     shape = (1, 16, 2, 8, 10)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=seeded(0))
     expected = pipeline(
         prompt_embeds=text,
         negative_prompt_embeds=negative,
@@ -103,7 +103,7 @@ def test_base_latents_are_diffusers(guidance, guidance_2):
         flow_shift=5.0,
         guidance=guidance,
         guidance_2=guidance_2,
-        generator=torch.Generator().manual_seed(0),
+        generator=seeded(0),
     )
     assert relative(result, expected) <= 1e-5
 
@@ -126,7 +126,7 @@ def refined(transformer, **options):
         case.expected["encoded"],
         case.expected["text"],
         case.expected["negative"],
-        generator=torch.Generator().manual_seed(0),
+        generator=seeded(0),
         **settings | options,
     )
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.attention.flex_attention
-from oracle import relative, token_mask, window_attention
+from oracle import relative, seeded, token_mask, window_attention
 from parity import empty_transformer, empty_vae, plan_for
 from references import REFERENCE, load, refined
 
@@ -26,7 +26,8 @@ def case():
 @torch.no_grad()
 def test_rotation_as_compilers_see_it():
     """In real numbers. Apart from the order of two roundings, it is the same."""
-    x, rotary = torch.randn(2, 24, 3, 20), model.rotary_table((2, 3, 4), 20, "cpu")
+    x = torch.randn(2, 24, 3, 20)
+    rotary = model.rotary_table((2, 3, 4), 20, "cpu")
     assert (
         relative(model.apply_rotary_real(x, rotary), model.apply_rotary_complex(x, rotary)) <= 1e-6
     )
@@ -42,7 +43,8 @@ def test_rotation_as_compilers_see_it():
 @torch.no_grad()
 def test_feed_forward_in_chunks():
     block = model.Block(32, 2, 64, 1e-6)
-    tokens, modulation = torch.randn(2, 50, 32), torch.randn(2, 6, 32)
+    tokens = torch.randn(2, 50, 32)
+    modulation = torch.randn(2, 6, 32)
     whole = block.feed_forward(tokens, modulation)
     largest = []
     block.ffn[0].register_forward_hook(
@@ -65,19 +67,22 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, border, options)
     what is cut off again. tests/test_gpu.py has the true one."""
 
     def flex_attention(query, key, value, block_mask, scale, kernel_options):
-        assert query.shape[1] <= 4 and query.is_contiguous() and kernel_options is options
-        tokens, (size, _) = query.shape[2], block_mask.BLOCK_SIZE
-        assert tokens % size == 0 and tokens % 128 == 0
+        assert query.shape[1] <= 4
+        assert query.is_contiguous()
+        assert kernel_options is options
+        tokens = query.shape[2]
+        (size, _) = block_mask.BLOCK_SIZE
+        assert tokens % size == 0
+        assert tokens % 128 == 0
         index = torch.arange(tokens)
         visible = block_mask.mask_mod(0, 0, index[:, None], index)
-        seen, own = (
-            torch.zeros(tokens, tokens, dtype=torch.bool),
-            math.prod(grid) // size,
-        )  # blocks without filling
+        seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+        own = math.prod(grid) // size  # blocks without filling
         theirs = create_block_mask(block_mask.mask_mod, None, None, tokens, tokens, "cpu", size)
         assert block_mask.seq_lengths == theirs.seq_lengths
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-            ours, expected = getattr(block_mask, name), getattr(theirs, name)
+            ours = getattr(block_mask, name)
+            expected = getattr(theirs, name)
             assert (ours.dtype, ours.shape, ours.stride()) == (
                 expected.dtype,
                 expected.shape,
@@ -101,9 +106,7 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, border, options)
     create_block_mask = torch.nn.attention.flex_attention.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
-    query, key, value = torch.randn(
-        3, 2, 6, math.prod(grid), 8, generator=torch.Generator().manual_seed(1)
-    )
+    query, key, value = torch.randn(3, 2, 6, math.prod(grid), 8, generator=seeded(1))
     attended = attention.tuned_window(grid, window, 0.37, border, "cpu", options)(query, key, value)
     expected = window_attention(query, key, value, token_mask(grid, window, border), 0.37)
     assert relative(attended, expected) <= 1e-6
@@ -114,7 +117,7 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, border, options)
 @pytest.mark.parametrize("window_attention", [freeswim.flex_window, attention.tuned_window])
 def test_the_true_flex_attention_on_a_cpu(window_attention, border):
     """Compiled for a CPU, both versions agree with the dense mask, at several sizes in a row."""
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     for grid, window in (((5, 12, 14), (5, 7)), ((3, 6, 10), (9, 3))):
         inputs = torch.randn(3, 1, 2, math.prod(grid), 16, generator=draw)
         attend = window_attention(grid, window, 0.37, border, "cpu", {"BLOCK_M": 64})
@@ -140,7 +143,8 @@ def test_the_first_window_that_agrees_is_taken(monkeypatch, capsys, dtype):
     found = attention.choose_window(torch.device("cpu"), dtype, 16)
     assert found is freeswim.grouped_window
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and len(said) < 400
+    assert said.count("\n") == 1
+    assert len(said) < 400
     assert said.startswith("window attention by right; not broken: RuntimeError: no compiler xxx")
     assert "; not wrong: ValueError: its result is off by " in said
 
@@ -282,7 +286,8 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected, lines):
     cache_device, stream_weights = expected
     assert placement == offload.Placement(cache_device == "cpu", stream_weights)
     said = capsys.readouterr().err
-    assert said.count("\n") == lines and f"of {free}" in said
+    assert said.count("\n") == lines
+    assert f"of {free}" in said
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,8 @@ def test_a_line_says_when_memory_may_run_out(monkeypatch, capsys, free, typed, e
     if expected is None:
         assert warnings == []
     else:
-        assert len(warnings) == 1 and expected in warnings[0]
+        assert len(warnings) == 1
+        assert expected in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,7 @@ def test_the_fast_vae_is_the_vae(uncompiled, case, tiles_at_once):
     assert type(quick) is compiled.FastVAE
     names = list(plain.state_dict())
     assert list(quick.state_dict()) == names
-    video = torch.rand(2, 3, 5, 136, 168, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.rand(2, 3, 5, 136, 168, generator=seeded(0)) * 2 - 1
     latents = plain.encode(video)
     assert relative(quick.encode(video), latents) <= 1e-5
     assert relative(quick.decode(latents), plain.decode(latents)) <= 1e-5
@@ -406,12 +412,14 @@ def test_the_fast_vae_stays_channels_last(uncompiled, monkeypatch):
     history = {}
     for frames in (1, 4, 4):
         vae.encode_chunk(torch.rand(1, 3, frames, 32, 48), history)
-    assert len(formats) > 30 and all(formats)
+    assert len(formats) > 30
+    assert all(formats)
     formats.clear()
     history = {}
     for _ in range(3):
         vae.decode_chunk(torch.rand(1, 16, 1, 4, 6), history)
-    assert len(formats) > 30 and all(formats)
+    assert len(formats) > 30
+    assert all(formats)
 
 
 def test_tiles_in_groups():
@@ -431,7 +439,7 @@ def test_the_vae_in_float16(uncompiled):
     plain = load("wide").vae
     rough = model.WanVAE.from_pretrained(folder, dtype=torch.bfloat16)
     half = compiled.load_vae(folder, torch.device("cpu"), True, tiles_at_once=4)
-    video = torch.rand(1, 3, 5, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.rand(1, 3, 5, 64, 96, generator=seeded(0)) * 2 - 1
     latents = plain.encode(video)
     encoded = half.encode(video)
     assert encoded.dtype == torch.float32

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command import ROOT, run
-from oracle import relative, token_mask, window_attention
+from oracle import relative, seeded, token_mask, window_attention
 from references import REFERENCE, REFINEMENTS, interval_of, load, refined
 
 from freeswim import flex_window, generate, grouped_window
@@ -28,7 +28,7 @@ def exact_float32():
 
 def tokens(grid, head_dim, heads=3):
     frames, height, width = grid
-    draw = torch.Generator().manual_seed(frames)
+    draw = seeded(frames)
     return torch.randn(3, 2, heads, frames * height * width, head_dim, generator=draw).cuda()
 
 
@@ -64,7 +64,9 @@ def test_windows_in_bfloat16(prepare, grid, window, head_dim, border):
     query, key, value = tokens(grid, head_dim, heads=1)
     mask = token_mask(grid, window, border).cuda()
     expected = window_attention(query, key, value, mask)
-    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    query = query.bfloat16()
+    key = key.bfloat16()
+    value = value.bfloat16()
     attend = prepare(grid, window, border=border, device="cuda")
     attended = attend(query, key, value)
     assert attended.dtype == torch.bfloat16
@@ -81,7 +83,8 @@ def test_windows_at_the_size_they_are_for(monkeypatch, prepare):
     take 27 GiB; even after more grids than torch.compile, unasked, compiles one function for."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     prepare((1, 4, 8), (3, 3), device="cuda")(*tokens((1, 4, 8), head_dim=16))
-    grid, window = (21, 68, 120), (31, 53)
+    grid = (21, 68, 120)
+    window = (31, 53)
     query, key, value = torch.randn(
         3, 1, 1, 21 * 68 * 120, 128, device="cuda", dtype=torch.bfloat16
     )
@@ -116,7 +119,8 @@ def load_streamed(device):
 
 def test_cache_and_weights_on_the_cpu():
     """Copied beside the computation, they are the same, bit for bit."""
-    case, streamed = on_gpu("odd"), on_gpu("odd")
+    case = on_gpu("odd")
+    streamed = on_gpu("odd")
     case.transformer.cuda()
     streamed.transformer = load_streamed("cuda")
     expected = refined(case, cache_interval=3)
@@ -189,7 +193,7 @@ def test_the_fast_vae_is_the_vae(tiles_at_once):
     folder = REFERENCE / "wide" / "vae"
     device = torch.device("cuda")
     plain = WanVAE.from_pretrained(folder, device)
-    video = torch.rand(1, 3, 9, 400, 600, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.rand(1, 3, 9, 400, 600, generator=seeded(0)) * 2 - 1
     latents = plain.encode(video)
     decoded = plain.decode(latents)
     quick = compiled.load_vae(folder, device, False, tiles_at_once=tiles_at_once)
@@ -216,7 +220,8 @@ def test_the_bundled_vae_in_float16_is_within_a_grey_level():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_copies_use_the_streams_of_their_device():
     """With --device cuda:1, while cuda:0 is current."""
-    case, streamed = on_gpu("odd"), on_gpu("odd")
+    case = on_gpu("odd")
+    streamed = on_gpu("odd")
     for each in (case, streamed):
         each.expected = {key: value.to("cuda:1") for key, value in each.expected.items()}
     case.transformer.to("cuda:1")

@@ -69,9 +69,8 @@ def checkpoint(request, tmp_path):
     theirs = randomise(build())
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     files = [file for file in tmp_path.glob("*.safetensors") if tensor in load_file(file)]
-    assert len(files) == 1 and (len(list(tmp_path.glob("*.safetensors"))) > 2) == (
-        "shards" in request.param
-    )
+    assert len(files) == 1
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == ("shards" in request.param)
     return ours, theirs, tmp_path, tensor, files[0]
 
 
@@ -248,7 +247,8 @@ def test_download_fetches_what_is_needed(monkeypatch, tmp_path, name):
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert Path(hub.download(name, weights=True)) == tmp_path
     ((repository, options),) = calls
-    assert repository == name and options["revision"] == REVISIONS[name]
+    assert repository == name
+    assert options["revision"] == REVISIONS[name]
     listing = [
         *json.loads((PUBLISHED / "files.json").read_text(encoding="utf-8"))["files"],
         *NEEDLESS,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from command import SMALL, latents, record, run_here
-from oracle import relative
+from oracle import relative, seeded
 from references import REFERENCE
 from safetensors.torch import save_file
 from test_experts import write_experts
@@ -42,7 +42,7 @@ def wan_name(ours):
 
 def draw_pairs(names=None, rank=RANK):
     """{our name: (up, down)}."""
-    draw = torch.Generator().manual_seed(5)
+    draw = seeded(5)
     shapes = {name: tensor.shape for name, tensor in transformer().state_dict().items()}
     pairs = {}
     for name in names or matrices():
@@ -169,7 +169,7 @@ def test_alpha_in_the_metadata(tmp_path):
 def test_differences_and_everything_else_that_files_hold(tmp_path):
     """`diff`, `diff_b` and `diff_m`, and LoRAs of other layers."""
     state = transformer().state_dict()
-    draw = torch.Generator().manual_seed(6)
+    draw = seeded(6)
     names = {
         "diffusion_model.blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
         "diffusion_model.blocks.0.norm3.diff_b": "blocks.0.norm2.bias",
@@ -237,7 +237,8 @@ def bad_files():
     pairs = draw_pairs(["blocks.0.self_attn.to_q.weight"])
     good = entries_of("Wan in ComfyUI", pairs)
     up, down = pairs["blocks.0.self_attn.to_q.weight"]
-    up_key, down_key = f"{Q}.lora_up.weight", f"{Q}.lora_down.weight"
+    up_key = f"{Q}.lora_up.weight"
+    down_key = f"{Q}.lora_down.weight"
     dora = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
     rank_stabilised = {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": True})}
     pattern = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"to_q": 2}})}
@@ -320,7 +321,8 @@ def test_bad_files_are_refused_from_their_headers(tmp_path, monkeypatch, name):
     with pytest.raises(UserError) as caught:
         lora.find_changes(net, [lora.Lora("--lora", file, 1.0)])
     message = str(caught.value)
-    assert message.startswith(f"--lora {file}: ") and "\n" not in message
+    assert message.startswith(f"--lora {file}: ")
+    assert "\n" not in message
     assert all(words in message for words in named), message
 
 
@@ -495,7 +497,8 @@ def test_settings_of_peft_that_are_not_supported(tmp_path, settings, named):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(UserError) as caught:
         merged(lora.find("--lora", str(file)))
-    assert named in str(caught.value) and str(caught.value).startswith(f"--lora {file}")
+    assert named in str(caught.value)
+    assert str(caught.value).startswith(f"--lora {file}")
 
 
 def test_a_changed_adapter_config_is_another_lora(tmp_path):
@@ -576,7 +579,7 @@ def test_keys_of_other_models_are_called_so(tmp_path, key, named):
 
 def lora_for(checkpoint, file, seed=0):
     net = WanTransformer.from_pretrained(checkpoint / "transformer")
-    draw = torch.Generator().manual_seed(seed)
+    draw = seeded(seed)
     entries = {}
     for ours, tensor in net.state_dict().items():
         if ".self_attn.to_" in ours and tensor.ndim == 2:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from oracle import relative
+from oracle import relative, seeded
 from references import REFINEMENTS, as_clip, interval_of, load, names, refined
 
 from freeswim import (
@@ -64,41 +64,41 @@ def test_single_passes(case):
 
 
 def test_every_step_without_cache(case):
-    states, steps = [], []
-    end = refined(
-        case, save=states.append, progress=lambda all_steps: steps.extend(all_steps) or all_steps
-    )
-    assert [int(state["step"]) for state in states] == list(
-        range(len(case.expected["nocache.trace"]))
-    ) and steps
-    trace = [state["latents"] for state in states[1:]] + [end]
-    errors = [
-        relative(latents[0], step)
-        for latents, step in zip(trace, case.expected["nocache.trace"], strict=True)
-    ]
-    assert all(error <= 1e-3 for error in errors), errors
+    expected = case.expected["nocache.trace"]
+    states = []
+    shown = []
+
+    def progress(steps):
+        shown.extend(steps)
+        return steps
+
+    end = refined(case, save=states.append, progress=progress)
+    assert len(shown) == len(expected)
+    saved = [int(state["step"]) for state in states]
+    assert saved == list(range(len(expected)))
+    trace = [state["latents"] for state in states[1:]]
+    for latents, step in zip([*trace, end], expected, strict=True):
+        assert relative(latents[0], step) <= 1e-3
 
 
 @pytest.mark.parametrize("name, tensor", REFINEMENTS)
 def test_whole_refinement(sets, name, tensor):
-    assert (
-        relative(
-            refined(sets[name], cache_interval=interval_of(tensor)), sets[name].expected[tensor]
-        )
-        <= 1e-3
-    )
+    case = sets[name]
+    latents = refined(case, cache_interval=interval_of(tensor))
+    assert relative(latents, case.expected[tensor]) <= 1e-3
 
 
 def test_schedule_and_first_noise(case):
-    meta, expected = case.meta, case.expected
+    meta = case.meta
+    expected = case.expected
     solver = FlowUniPC(meta["steps"], meta["flow_shift"], meta["strength"])
     kept = len(meta["timesteps"])
     assert solver.timesteps == meta["timesteps"]
-    assert (solver.sigmas - torch.tensor(meta["sigmas"][-kept - 1 :])).abs().max() <= 1e-6
-    noise = torch.randn(
-        expected["encoded"].shape, generator=torch.Generator().manual_seed(meta["noise_seed"])
-    )
-    assert relative(solver.add_noise(expected["encoded"], noise), expected["init_latents"]) <= 1e-6
+    sigmas = torch.tensor(meta["sigmas"][-kept - 1 :])
+    assert (solver.sigmas - sigmas).abs().max() <= 1e-6
+    noise = torch.randn(expected["encoded"].shape, generator=seeded(meta["noise_seed"]))
+    noised = solver.add_noise(expected["encoded"], noise)
+    assert relative(noised, expected["init_latents"]) <= 1e-6
 
 
 def test_from_video_to_video(case):
@@ -108,8 +108,10 @@ def test_from_video_to_video(case):
     latents = refined(case, latents=encoded)
     assert relative(latents, expected["nocache.latents"]) <= 1e-3
     if "decoded" in expected:
-        assert relative(case.vae.decode(expected["nocache.latents"]), expected["decoded"]) <= 1e-4
-        assert relative(case.vae.decode(latents), expected["decoded"]) <= 1e-3
+        decoded = case.vae.decode(expected["nocache.latents"])
+        assert relative(decoded, expected["decoded"]) <= 1e-4
+        decoded = case.vae.decode(latents)
+        assert relative(decoded, expected["decoded"]) <= 1e-3
 
 
 def test_every_reference_tensor_is_used():
@@ -150,10 +152,8 @@ def test_a_slightly_wrong_scale_matters(case):
     expected = case.expected
     assert relative(refined(case, scale_tokens=None), expected["nocache.latents"]) > 1e-3
     rows, columns = case.meta["native"]
-    for wrong in (
-        None,
-        attention_scale(case.transformer.config["attention_head_dim"], rows * columns),
-    ):
+    of_true_count = attention_scale(case.transformer.head_dim, rows * columns)
+    for wrong in (None, of_true_count):
         window = dense_window(tuple(case.meta["grid"]), case.window_size, scale=wrong)
         full = partial(full_attention, scale=wrong)
         inputs = expected["latents"], expected["timestep"], expected["text"]
@@ -169,9 +169,8 @@ def test_a_slightly_wrong_scale_matters(case):
 @pytest.mark.parametrize("head_dim, native_tokens", [(128, 1560), (20, 1560), (64, 8)])
 def test_attention_scale_is_the_papers(head_dim, native_tokens):
     scale = attention_scale(head_dim, native_tokens)
-    assert native_tokens ** (scale**2 * head_dim) == pytest.approx(
-        2 * native_tokens
-    )  # what log_n(2n) means
+    logarithm = scale**2 * head_dim
+    assert native_tokens**logarithm == pytest.approx(2 * native_tokens)  # what log_n(2n) means
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,13 +192,16 @@ def test_the_cache_is_only_read(case):
     assert torch.equal(first, second)
     assert torch.equal(latents, expected["latents_next"])
     assert cache.keys() == kept.keys()
-    assert all(torch.equal(cache[block], kept[block]) for block in kept)
+    for block, before in kept.items():
+        assert torch.equal(cache[block], before)
     # A second caching step replaces every one of them, and none of the first has a part in it.
     predict_dual(*later, case.window, case.full, cache)
-    assert not any(torch.equal(cache[block], kept[block]) for block in kept)
+    for block, before in kept.items():
+        assert not torch.equal(cache[block], before)
     again = predict_dual(*now, case.window, case.full, cache)
     assert torch.equal(again, guide)
-    assert all(torch.equal(cache[block], kept[block]) for block in kept)
+    for block, before in kept.items():
+        assert torch.equal(cache[block], before)
 
 
 def test_without_override_a_pass_is_the_transformers_own(case):
@@ -228,7 +230,7 @@ def test_clips_of_a_batch_do_not_mix(case):
     inputs = latents, timestep, text
 
     def passes(clip):
-        mine = case.transformer, *(part[clip] for part in inputs)
+        mine = (case.transformer, *(part[clip] for part in inputs))
         cache = {}
         return [
             case.transformer(*mine[1:], case.window),
@@ -246,7 +248,8 @@ def work(case, **options):
     """How many clips went through the first self-attention, the first cross-attention and the last
     feed-forward network in a refinement. (Clips, not calls: how they are batched and chunked does
     not count.)"""
-    first, last = case.transformer.blocks[0], case.transformer.blocks[-1]
+    first = case.transformer.blocks[0]
+    last = case.transformer.blocks[-1]
     parts = first.self_attn, first.cross_attn, last.ffn
     elements = dict.fromkeys(parts, 0)
 
@@ -258,10 +261,8 @@ def work(case, **options):
     for hook in hooks:
         hook.remove()
     frames, height, width = case.meta["grid"]
-    heads, head_dim = (
-        case.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim")
-    )
-    return [elements[part] / (frames * height * width * heads * head_dim) for part in parts]
+    of_a_clip = frames * height * width * case.transformer.dim
+    return [elements[part] / of_a_clip for part in parts]
 
 
 def test_no_work_is_thrown_away(case):
@@ -279,15 +280,14 @@ def test_guidance_1_skips_the_negative_pass(case):
     """Whatever the negative prompt is, and with none, the result is the same."""
     for options in ({}, {"cache_interval": 3}, {"override": False}):
         expected = refined(case, guidance=1, **options)
-        wrong = dict(case.expected, negative=case.expected["negative"] + 1)
-        other = SimpleNamespace(**(vars(case) | {"expected": wrong}))
-        assert torch.equal(refined(other, guidance=1, **options), expected)
-        none = SimpleNamespace(**(vars(case) | {"expected": dict(wrong, negative=None)}))
-        assert torch.equal(refined(none, guidance=1, **options), expected)
+        for negative in (case.expected["negative"] + 1, None):
+            changed = case.expected | {"negative": negative}
+            other = SimpleNamespace(**(vars(case) | {"expected": changed}))
+            assert torch.equal(refined(other, guidance=1, **options), expected)
     steps = len(case.meta["timesteps"])
     assert work(case, guidance=1) == [2 * steps, steps, steps]
     text = case.expected["text"]
-    draws = [torch.Generator().manual_seed(0) for _ in range(3)]
+    draws = [seeded(0) for _ in range(3)]
     settings = dict(steps=2, guidance=1)
     shape = (1, 16, 1, 4, 4)
     expected = generate(case.transformer, text, text, shape, generator=draws[0], **settings)
@@ -300,23 +300,23 @@ def test_a_generator_for_each_clip(case):
     """The same noise as each clip would have alone, as in Diffusers; whatever the default dtype."""
     text = case.expected["text"].expand(2, -1, -1)
     shape = (2, 16, 1, 4, 4)
-    draws = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    one_clip = (1, 16, 1, 4, 4)
+    draws = [seeded(seed) for seed in (5, 6)]
     together = generate(case.transformer, text, text, shape, steps=2, generator=draws)
     for row, seed in enumerate((5, 6)):
-        draw = torch.Generator().manual_seed(seed)
-        alone = generate(
-            case.transformer, text[:1], text[:1], (1, *shape[1:]), steps=2, generator=draw
-        )
+        draw = seeded(seed)
+        prompt = text[:1]
+        alone = generate(case.transformer, prompt, prompt, one_clip, steps=2, generator=draw)
         assert relative(together[row : row + 1], alone) <= 1e-5
-    expected = draw_noise(shape, torch.Generator().manual_seed(5), "cpu")
+    expected = draw_noise(shape, seeded(5), "cpu")
     torch.set_default_dtype(torch.float64)
     try:
-        noise = draw_noise(shape, torch.Generator().manual_seed(5), "cpu")
+        noise = draw_noise(shape, seeded(5), "cpu")
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(noise, expected)
-    theirs = randn_tensor(shape, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
-    draws = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    theirs = randn_tensor(shape, [seeded(seed) for seed in (5, 6)])
+    draws = [seeded(seed) for seed in (5, 6)]
     assert torch.equal(draw_noise(shape, draws, "cpu"), theirs)
 
 
@@ -326,18 +326,23 @@ def test_a_generator_for_each_clip(case):
 
 @pytest.mark.parametrize("size", [(12, 20), (15, 11), (6, 10), (3, 4)])
 def test_upsampling_is_bilinear_with_half_pixel_centres(size):
-    video = torch.randn(2, 3, 2, 6, 10, generator=torch.Generator().manual_seed(0))
+    video = torch.randn(2, 3, 2, 6, 10, generator=seeded(0))
 
     def interpolation(old, new):
         """The matrix (new, old) that samples an axis at its new pixels' centres, without
         antialiasing."""
         matrix = torch.zeros(new, old)
         for pixel in range(new):
-            position = min(max((pixel + 0.5) * old / new - 0.5, 0), old - 1)
+            centre = (pixel + 0.5) * old / new - 0.5
+            position = min(max(centre, 0), old - 1)
             left = int(position)
-            matrix[pixel, left] += 1 - (position - left)
-            matrix[pixel, min(left + 1, old - 1)] += position - left
+            right = min(left + 1, old - 1)
+            share = position - left
+            matrix[pixel, left] += 1 - share
+            matrix[pixel, right] += share
         return matrix
 
-    expected = interpolation(6, size[0]) @ video @ interpolation(10, size[1]).T
-    assert relative(upsample(video, *size), expected) <= 1e-6
+    height, width = size
+    rows = interpolation(6, height) @ video
+    expected = rows @ interpolation(10, width).T
+    assert relative(upsample(video, height, width), expected) <= 1e-6

@@ -72,7 +72,8 @@ def refined(folder):
 
 
 def test_the_command_runs_on_two_and_is_resumed_on_one_or_three(tmp_path):
-    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone = tmp_path / "alone"
+    together = tmp_path / "together"
     run_here(*SETTINGS, "--output", alone)
     output = finish(torchrun(2, ROOT / "sample.py", *SETTINGS, "--output", together))
     assert output.count("freeswim.mp4") == 1  # only one of them speaks
@@ -86,7 +87,8 @@ def test_the_command_runs_on_two_and_is_resumed_on_one_or_three(tmp_path):
     assert relative(refined(together), refined(alone)) <= 1e-5
     (together / "state" / "refine.safetensors").unlink()
     run_here("--resume", together)
-    assert relative(refined(together), refined(alone)) <= 1e-5 and latents(together)
+    assert relative(refined(together), refined(alone)) <= 1e-5
+    assert latents(together)
 
 
 def test_spread_weights_in_bfloat16(tmp_path):
@@ -108,10 +110,8 @@ def test_spread_weights_in_bfloat16(tmp_path):
 def test_bad_input_is_said_once(tmp_path):
     process = torchrun(2, ROOT / "sample.py", "--frames", "6", "--output", tmp_path / "run")
     output, _ = process.communicate()
-    assert (
-        process.returncode != 0
-        and output.count("sample.py: ") - output.count("sample.py: error") >= 1
-    )
+    assert process.returncode != 0
+    assert output.count("sample.py: ") - output.count("sample.py: error") >= 1
     assert output.count("--frames 6: Wan takes") == 1
     assert not (tmp_path / "run").exists()
 
@@ -133,7 +133,8 @@ def test_when_one_dies_all_end(tmp_path, victim):
     }
     os.kill(ranks[victim], signal.SIGKILL)
     text, _ = process.communicate()  # or the test never ends
-    assert process.returncode != 0 and not (output / "freeswim.mp4").exists()
+    assert process.returncode != 0
+    assert not (output / "freeswim.mp4").exists()
     assert f"--resume {output}" in text
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
@@ -179,7 +180,9 @@ def test_two_train_one_model(tmp_path):
             "0.01",
         )
     )
-    before, one, other = ROOT / "tiny", tmp_path / "model", tmp_path / "process 1"
+    before = ROOT / "tiny"
+    one = tmp_path / "model"
+    other = tmp_path / "process 1"
     for part in ("vae", "text_encoder", "transformer"):
         start, first, second = (
             next((folder / part).glob("*.safetensors")).read_bytes()

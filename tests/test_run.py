@@ -64,9 +64,8 @@ def test_what_no_run_wrote_is_not_touched(finished, tmp_path, name):
     for more in ([], ["--overwrite"]):
         with refused(name, "no run wrote"):
             run_here("--model", finished / "model", "--output", tmp_path / "run", *SMALL, *more)
-    assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "mine" and len(
-        [*(tmp_path / "run").iterdir()]
-    ) == 1
+    assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "mine"
+    assert len([*(tmp_path / "run").iterdir()]) == 1
 
 
 def test_overwriting_removes_only_what_a_run_wrote(finished, copy):
@@ -245,9 +244,11 @@ def test_a_stopped_run_says_how_to_go_on(finished, tmp_path, number):
     wait_for(output / "state" / "refine-progress.safetensors", process)
     process.send_signal(number)
     errors = process.communicate()[1].replace("\r", "\n").splitlines()
-    assert process.returncode == 128 + number and not any("Traceback" in line for line in errors)
+    assert process.returncode == 128 + number
+    assert not any("Traceback" in line for line in errors)
     assert f"sample.py: stopped; --resume {output} goes on from the last saved step" in errors
-    assert not (output / "freeswim.mp4").exists() and not [*output.rglob(".*")]
+    assert not (output / "freeswim.mp4").exists()
+    assert not [*output.rglob(".*")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -257,7 +258,8 @@ def test_even_while_importing(tmp_path, number):
         assert process.poll() is None
     process.send_signal(number)
     output, errors = process.communicate()
-    assert process.returncode == 128 + number and output == ""
+    assert process.returncode == 128 + number
+    assert output == ""
     assert errors.split("\n") == ["", "sample.py: stopped; nothing had been computed yet", ""]
 
 
@@ -281,10 +283,11 @@ def test_out_of_memory_names_the_stage_and_the_way_on(finished, copy):
         "cpu",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2),
     )
-    assert status == 1 and not any("Traceback" in line for line in errors)
-    assert (
-        '"upsample"' in errors[-1] and "--size" in errors[-1] and f"--resume {output}" in errors[-1]
-    )
+    assert status == 1
+    assert not any("Traceback" in line for line in errors)
+    assert '"upsample"' in errors[-1]
+    assert "--size" in errors[-1]
+    assert f"--resume {output}" in errors[-1]
     assert (output / "base.mp4").exists()
 
 
@@ -297,7 +300,8 @@ def test_a_full_disk_is_named_and_nothing_is_lost(finished, tmp_path, limit):
     status, _, errors = run(
         "--model", finished / "model", "--output", output, *SMALL, preexec_fn=limited
     )
-    assert status == 1 and not any("Traceback" in line for line in errors)
+    assert status == 1
+    assert not any("Traceback" in line for line in errors)
     assert re.search(rf"cannot be written.*; --resume {output} goes on", errors[-1])
     assert not [*output.rglob(".*")]
     run_here("--resume", output)
@@ -314,7 +318,8 @@ from support import media
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 media.write_video({str(tmp_path / "a.mp4")!r}, torch.rand(1, 3, 17, 128, 192) * 2 - 1, 16)"""
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
-    assert result.returncode == 1 and "OSError: the encoder wrote half of it" in result.stderr
+    assert result.returncode == 1
+    assert "OSError: the encoder wrote half of it" in result.stderr
 
 
 def test_little_disk_need_is_told_in_mib(finished, tmp_path, monkeypatch):
@@ -344,7 +349,9 @@ def test_out_of_memory_on_a_gpu_is_survived(checkpoint, tmp_path):
     free, _ = torch.cuda.mem_get_info()
     hoard = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
     status, _, errors = run(*arguments, "--output", tmp_path / "run")
-    assert status == 1 and "out of memory in the stage" in errors[-1] and "--size" in errors[-1]
+    assert status == 1
+    assert "out of memory in the stage" in errors[-1]
+    assert "--size" in errors[-1]
     del hoard
     torch.cuda.empty_cache()
     assert run("--resume", tmp_path / "run")[0] == 0

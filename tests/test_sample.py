@@ -221,7 +221,9 @@ def test_bad_input_is_named_before_any_work(
 def test_the_command_says_it_in_one_line(checkpoint, tmp_path, row):
     arguments, named = REFUSED[row]
     status, _, errors = run("--model", checkpoint, "--output", tmp_path / "run", *arguments)
-    assert status == 2 and len(errors) == 1 and all(words in errors[0] for words in named)
+    assert status == 2
+    assert len(errors) == 1
+    assert all(words in errors[0] for words in named)
     assert not (tmp_path / "run").exists()
 
 
@@ -245,9 +247,11 @@ def test_from_the_hub_weights_come_last(checkpoint, tmp_path, monkeypatch, capsy
     arguments = ["--model", "some/one", "--output", tmp_path / "run", *SMALL]
     with refused(capsys, "--frames 6"):
         run_here(*arguments, "--frames", 6)
-    assert not fetched and not [*tmp_path.rglob("*.safetensors")]
+    assert not fetched
+    assert not [*tmp_path.rglob("*.safetensors")]
     run_here(*arguments)
-    assert len(fetched) == 2 and (tmp_path / "run" / "freeswim.mp4").is_file()
+    assert len(fetched) == 2
+    assert (tmp_path / "run" / "freeswim.mp4").is_file()
 
 
 def test_a_full_disk_while_fetching_is_called_so(tmp_path, monkeypatch, capsys):
@@ -287,8 +291,11 @@ def shard(folder, **changes):
     rewrite(index, weight_map={name: file for name, file in weight_map.items() if file is not None})
 
 
-NORM, BIAS = "blocks.0.attn2.norm_k.weight", "proj_out.bias"
-T, V, E = "transformer", "vae", "text_encoder"
+NORM = "blocks.0.attn2.norm_k.weight"
+BIAS = "proj_out.bias"
+T = "transformer"
+V = "vae"
+E = "text_encoder"
 BROKEN = {  # what is done to a checkpoint, and what the one line of the answer must name
     **{
         f"{part} is missing": (lambda folder, part=part: shutil.rmtree(folder / part), [part])
@@ -457,7 +464,9 @@ def test_the_command_names_it_in_one_line(checkpoint, tmp_path, name):
     status, _, errors = run(
         "--model", tmp_path / "model", "--output", tmp_path / "run", "--prompt", "a fish"
     )
-    assert status == 2 and len(errors) == 1 and all(words in errors[0] for words in named)
+    assert status == 2
+    assert len(errors) == 1
+    assert all(words in errors[0] for words in named)
     assert not (tmp_path / "run").exists()
 
 
@@ -500,9 +509,8 @@ def test_sizes_that_a_model_has_not_seen_are_warned_about(checkpoint, tmp_path, 
         for note in planned(checkpoint, tmp_path, "--size", size).notes
         if "cropped" not in note
     ]
-    assert len(notes) == len(warned) and all(
-        words in note for words, note in zip(warned, notes, strict=True)
-    )
+    assert len(notes) == len(warned)
+    assert all(words in note for words, note in zip(warned, notes, strict=True))
 
 
 @pytest.mark.parametrize("size", ["230x150", "150x230"])
@@ -543,12 +551,10 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
         checkpoint, tmp_path, "--prompt", "a red fish", "--base-video", clip, "--frames", 9
     )
     height, width = args.target
-    assert (
-        abs(width / height - 320 / 180) < 0.02 and abs(width * height / (4 * 192 * 128) - 1) < 0.02
-    )
-    assert args.fps == 60 and list(args.notes) == [
-        "of the clip's 12 frames, the last 3 are left out"
-    ]
+    assert abs(width / height - 320 / 180) < 0.02
+    assert abs(width * height / (4 * 192 * 128) - 1) < 0.02
+    assert args.fps == 60
+    assert list(args.notes) == ["of the clip's 12 frames, the last 3 are left out"]
     assert (
         planned(
             checkpoint,
@@ -576,10 +582,8 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
         "--size",
         "384x256",
     )
-    assert (
-        args.target == (256, 384)
-        and args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
-    )
+    assert args.target == (256, 384)
+    assert args.notes[-1] == "the base clip, 320x180, is cropped in the middle to 270x180"
     run_here(
         "--model",
         checkpoint,
@@ -603,11 +607,10 @@ def test_a_clip_is_not_distorted(checkpoint, tmp_path):
     upscaled = imageio.imread(tmp_path / "run" / "comparison.png")[:256, :384]
     assert Image.fromarray(upscaled).size == (384, 256)
     disc = upscaled.min(axis=-1) > 160
-    rows, columns = disc[40:].any(1).sum(), disc[40:].any(0).sum()  # below the label
-    assert (
-        abs(rows / columns - 1) < 0.05
-        and record(tmp_path / "run")["settings"]["cache_interval"] is None
-    )
+    rows = disc[40:].any(1).sum()
+    columns = disc[40:].any(0).sum()  # below the label
+    assert abs(rows / columns - 1) < 0.05
+    assert record(tmp_path / "run")["settings"]["cache_interval"] is None
 
 
 @pytest.mark.parametrize(
@@ -641,8 +644,10 @@ def test_clips_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, shape, 
 def test_all_kinds_of_clips_are_read(tmp_path, name):
     written = write_clip(tmp_path / (name if "." in name else "a.mp4"))
     read = media.read_clip(written.rename(tmp_path / name), 9)
-    clip, fps = read.frames, read.fps
-    assert clip.shape == (9, 3, 180, 320) and clip.dtype == torch.uint8
+    clip = read.frames
+    fps = read.fps
+    assert clip.shape == (9, 3, 180, 320)
+    assert clip.dtype == torch.uint8
     assert fps == (60 if written.suffix == ".mp4" else 25)
     reference = media.read_clip(write_clip(tmp_path / "reference.png"), 9).frames
     assert (clip.float() - reference.float()).abs().mean() < 12
@@ -653,9 +658,12 @@ def test_alpha_grey_and_odd_pictures_are_read(tmp_path):
     pixels[:, :25, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
     read = media.read_clip(tmp_path / "alpha.png", 1)
-    clip, fps = read.frames, read.fps
-    assert clip.shape == (1, 3, 32, 50) and fps is None  # H.264 wants even sides
-    assert clip[..., :25].max() == 0 and (clip[..., 25:].float() - 157).abs().max() <= 1
+    clip = read.frames
+    fps = read.fps
+    assert clip.shape == (1, 3, 32, 50)
+    assert fps is None  # H.264 wants even sides
+    assert clip[..., :25].max() == 0
+    assert (clip[..., 25:].float() - 157).abs().max() <= 1
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
     assert media.read_clip(tmp_path / "grey.png", 1).frames.eq(200).all()
 

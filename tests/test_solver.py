@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import relative
+from oracle import relative, seeded
 from references import REFERENCE
 
 from freeswim import FlowUniPC, generate
@@ -49,9 +49,7 @@ def test_solver_is_diffusers(steps, flow_shift, strength):
     assert (solver.sigmas - scheduler.sigmas[steps - kept :]).abs().max() <= 1e-6
     assert solver.sigmas[-1] == 0
 
-    clean, noise, *velocities = torch.randn(
-        kept + 2, 1, 4, 2, 6, 6, generator=torch.Generator().manual_seed(steps)
-    )
+    clean, noise, *velocities = torch.randn(kept + 2, 1, 4, 2, 6, 6, generator=seeded(steps))
     ours = solver.add_noise(clean, noise)
     theirs = scheduler.add_noise(clean, noise, timesteps[:1])
     assert relative(ours, theirs) <= 1e-6
@@ -73,9 +71,10 @@ def test_solver_is_diffusers(steps, flow_shift, strength):
 def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance):
     folder = REFERENCE / name / "transformer"
     frames, height, width = grid
-    draw = torch.Generator().manual_seed(3)
+    draw = seeded(3)
     text, negative = torch.randn(2, clips, 512, 24, generator=draw)
-    text[:, 20:], negative[:, 7:] = 0, 0  # as after the end of a prompt
+    text[:, 20:] = 0
+    negative[:, 7:] = 0  # as after the end of a prompt
 
     pipeline = diffusers.WanPipeline(
         tokenizer=None,
@@ -93,7 +92,7 @@ def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance)
         num_frames=4 * (frames - 1) + 1,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(11),
+        generator=seeded(11),
         output_type="latent",
     ).frames
 
@@ -107,7 +106,7 @@ def test_generation_is_diffusers(name, clips, grid, steps, flow_shift, guidance)
         steps=steps,
         flow_shift=flow_shift,
         guidance=guidance,
-        generator=torch.Generator().manual_seed(11),
+        generator=seeded(11),
         progress=lambda steps: wrapped.extend(steps) or steps,
     )
     assert relative(latents, expected) <= 1e-4

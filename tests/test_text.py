@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from oracle import relative
+from oracle import relative, seeded
 from parity import peak_memory, randomise, write_checkpoint
 from tokenizers import (
     Regex,
@@ -76,9 +76,7 @@ def ours(folder, ids, mask, dtype):
 
 
 def random_texts():
-    ids = torch.randint(
-        3, CONFIG["vocab_size"], (len(LENGTHS), 512), generator=torch.Generator().manual_seed(5)
-    )
+    ids = torch.randint(3, CONFIG["vocab_size"], (len(LENGTHS), 512), generator=seeded(5))
     mask = (torch.arange(512) < torch.tensor(LENGTHS)[:, None]).long()
     return ids * mask, mask
 

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from oracle import relative
+from oracle import relative, seeded
 from parity import peak_memory, randomise
 
 from model import WanVAE, checkpoint_name
@@ -56,14 +56,12 @@ def pairs(tmp_path_factory):
 
 
 def random_video(frames, height, width, batch=1):
-    return (
-        torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(2)) * 2
-        - 1
-    )
+    video = torch.rand(batch, 3, frames, height, width, generator=seeded(2))
+    return video * 2 - 1
 
 
 def random_latents(frames, height, width, batch=1):
-    draw = torch.Generator().manual_seed(3)
+    draw = seeded(3)
     return torch.randn(batch, 16, (frames + 3) // 4, height // 8, width // 8, generator=draw)
 
 
@@ -96,7 +94,8 @@ def reference_decode(theirs, latents, tiled):
 def test_encode(pairs, widths, frames, height, width, tiled):
     ours, theirs = pairs[widths]
     video = random_video(frames, height, width)
-    assert relative(ours.encode(video, tiled=tiled), reference_encode(theirs, video, tiled)) <= 1e-5
+    expected = reference_encode(theirs, video, tiled)
+    assert relative(ours.encode(video, tiled=tiled), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -113,20 +112,18 @@ def test_tiling_shows(pairs):
     """Tiles and the whole frame differ by far more than the tolerance, or the tests above would
     prove little."""
     _, theirs = pairs["narrow"]
-    video, latents = random_video(1, 208, 400), random_latents(1, 208, 400)
-    assert (
-        relative(reference_encode(theirs, video, True), reference_encode(theirs, video, False))
-        > 1e-3
-    )
-    assert (
-        relative(reference_decode(theirs, latents, True), reference_decode(theirs, latents, False))
-        > 1e-3
-    )
+    video = random_video(1, 208, 400)
+    latents = random_latents(1, 208, 400)
+    encoded = reference_encode(theirs, video, tiled=True)
+    assert relative(encoded, reference_encode(theirs, video, tiled=False)) > 1e-3
+    decoded = reference_decode(theirs, latents, tiled=True)
+    assert relative(decoded, reference_decode(theirs, latents, tiled=False)) > 1e-3
 
 
 def test_batch(pairs):
     ours, theirs = pairs["narrow"]
-    video, latents = random_video(5, 48, 32, batch=2), random_latents(5, 48, 32, batch=2)
+    video = random_video(5, 48, 32, batch=2)
+    latents = random_latents(5, 48, 32, batch=2)
     for one, other in zip(ours.encode(video), reference_encode(theirs, video, False), strict=True):
         assert relative(one, other) <= 1e-5
     for one, other in zip(
@@ -139,7 +136,8 @@ def test_batch(pairs):
 def test_decoded_video_is_clamped(pairs, height, width):
     ours, theirs = pairs["garish"]
     latents = random_latents(5, height, width)
-    video, expected = ours.decode(latents), reference_decode(theirs, latents, True).clamp(-1, 1)
+    video = ours.decode(latents)
+    expected = reference_decode(theirs, latents, True).clamp(-1, 1)
     assert (expected.abs() == 1).float().mean() > 0.1
     assert relative(video, expected) <= 1e-5
 
@@ -158,7 +156,8 @@ def test_sizes_that_do_not_fit_are_refused(pairs, shape):
 @torch.no_grad()
 def test_chunks_of_any_length(pairs, sizes):
     ours, theirs = pairs["as Wan"]
-    video, latents = random_video(17, 40, 56), random_latents(17, 40, 56)
+    video = random_video(17, 40, 56)
+    latents = random_latents(17, 40, 56)
     mean, std = statistics(theirs)
 
     history = {}
@@ -167,10 +166,12 @@ def test_chunks_of_any_length(pairs, sizes):
     )
     theirs.use_tiling = False
     assert relative(moments, theirs.encode(video).latent_dist.parameters) <= 1e-5
-    assert relative((moments[:, :16] - mean) / std, ours.encode(video)) <= 1e-5
+    normalised = (moments[:, :16] - mean) / std
+    assert relative(normalised, ours.encode(video)) <= 1e-5
 
     history = {}
-    chunks = (latents * std + mean).split([(size + 3) // 4 for size in sizes], dim=2)
+    latent_sizes = [(size + 3) // 4 for size in sizes]
+    chunks = (latents * std + mean).split(latent_sizes, dim=2)
     frames = torch.cat([ours.decode_chunk(chunk, history) for chunk in chunks], dim=2)
     assert relative(frames, reference_decode(theirs, latents, False)) <= 1e-5
     assert relative(frames, ours.decode(latents)) <= 1e-5
@@ -182,7 +183,8 @@ def test_gradients(pairs):
     all pixels (but Diffusers passes through float32 when it upsamples)."""
     ours, theirs = (copy.deepcopy(model).double().requires_grad_() for model in pairs["as Wan"])
     theirs.use_tiling = False
-    video, latents = random_video(9, 24, 32).double(), random_latents(9, 24, 32).double()
+    video = random_video(9, 24, 32).double()
+    latents = random_latents(9, 24, 32).double()
     results = ours.encode_chunk(video, {}), ours.decode_chunk(latents, {})
     expected = theirs.encode(video).latent_dist.parameters, theirs.decode(latents).sample
     directions = [torch.randn_like(result) for result in results]
@@ -190,10 +192,10 @@ def test_gradients(pairs):
     torch.autograd.backward(expected, directions)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None and parameter.grad.norm() > 0, (
-            f"no gradient reaches {name}"
-        )
-        assert relative(parameter.grad, gradients[checkpoint_name(WanVAE, name)]) <= 1e-5, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.norm() > 0, name
+        expected = gradients[checkpoint_name(WanVAE, name)]
+        assert relative(parameter.grad, expected) <= 1e-5, name
 
 
 DECODE = """

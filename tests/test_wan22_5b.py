@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command import ROOT, latents, record, refused, run_here
-from oracle import relative
+from oracle import relative, seeded
 from parity import TESTS, randomise, write_random_model
 from safetensors.torch import save_file
 from test_parallel import finish, refined, torchrun
@@ -93,7 +93,7 @@ def vaes(request, tmp_path_factory):
 
 
 def random_video(frames, height, width):
-    draw = torch.Generator().manual_seed(2)
+    draw = seeded(2)
     return torch.rand(1, 3, frames, height, width, generator=draw) * 2 - 1
 
 
@@ -120,7 +120,7 @@ def test_tiles_are_whole_frames_away_from_seams(tmp_path):
     make_pair(diffusers.AutoencoderKLWan, small_vae_config(), tmp_path)
     whole = WanVAE.from_pretrained(tmp_path)
     tiled = WanVAE.from_pretrained(tmp_path, tile=32, stride=24)
-    draw = torch.Generator().manual_seed(3)
+    draw = seeded(3)
     # So far from a border, only attention within frames still tells.
     for attention in (whole, tiled):
         for block in (attention.encoder.mid_block, attention.decoder.mid_block):
@@ -149,7 +149,7 @@ def transformers(tmp_path_factory):
 
 
 def texts():
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     return torch.randn(2, 1, 7, 40, generator=draw)
 
 
@@ -171,7 +171,7 @@ def test_base_latents_are_diffusers(transformers, tmp_path, steps, guidance):
     pipeline.set_progress_bar_config(disable=True)
     text, negative = texts()
     shape = (1, 48, 2, 4, 6)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=seeded(0))
     expected = pipeline(
         prompt_embeds=text,
         negative_prompt_embeds=negative,
@@ -183,7 +183,7 @@ def test_base_latents_are_diffusers(transformers, tmp_path, steps, guidance):
         latents=noise,
         output_type="latent",
     ).frames
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     settings = {"steps": steps, "flow_shift": 5.0, "guidance": guidance, "generator": draw}
     assert relative(generate(ours, text, negative, shape, **settings), expected) <= 1e-4
 
@@ -192,12 +192,12 @@ def test_base_latents_are_diffusers(transformers, tmp_path, steps, guidance):
 def test_a_refinement_is_that_of_dense_windows(transformers, interval):
     ours, _ = transformers
     text, negative = texts()
-    encoded = torch.randn(1, 48, 2, 14, 18, generator=torch.Generator().manual_seed(4))
+    encoded = torch.randn(1, 48, 2, 14, 18, generator=seeded(4))
     run = partial(refine, ours, encoded, text, negative, native=(4, 5), steps=5)
     run = partial(run, cache_interval=interval)
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     dense = run(generator=draw, window_attention=dense_window)
-    assert relative(run(generator=torch.Generator().manual_seed(0)), dense) <= 1e-5
+    assert relative(run(generator=seeded(0)), dense) <= 1e-5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_frames_higher_than_wide(folder, tmp_path):
 def lora_for_all_queries(folder, file):
     """A random LoRA, as PEFT writes it."""
     transformer = WanTransformer.from_pretrained(folder / "transformer")
-    draw = torch.Generator().manual_seed(5)
+    draw = seeded(5)
     entries = {}
     for index, block in enumerate(transformer.blocks):
         rows, columns = block.self_attn.to_q.weight.shape

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from oracle import relative, seen, token_mask, window_attention, window_mask
+from oracle import relative, seeded, seen, token_mask, window_attention, window_mask
 from references import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,17 +70,16 @@ def test_mask_keeps_its_definition(height, width, window):
     assert mask.shape == (height * width, height * width)
     for query in range(height * width):
         visible = mask[query].view(height, width)
-        rows, columns = (
-            visible.any(dim=1).nonzero().flatten(),
-            visible.any(dim=0).nonzero().flatten(),
-        )
+        rows = visible.any(dim=1).nonzero().flatten()
+        columns = visible.any(dim=0).nonzero().flatten()
         assert visible.sum() == len(rows) * len(columns)  # a rectangle
         axes = (rows, query // width, height, window[0]), (columns, query % width, width, window[1])
         for positions, own, length, size in axes:
             assert len(positions) == min(size, length)
             assert positions[-1] - positions[0] == len(positions) - 1  # without gaps
             assert own in positions
-            before, after = own - positions[0], positions[-1] - own
+            before = own - positions[0]
+            after = positions[-1] - own
             assert (
                 before >= after or positions[0] == 0
             )  # sees less before it than after it only at the border
@@ -93,7 +92,7 @@ def test_mask_keeps_its_definition(height, width, window):
 @pytest.mark.parametrize("grid, window", CASES)
 def test_window_attention_is_the_textbooks(builder, grid, window, border):
     frames, height, width = grid
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     query, key, value = torch.randn(3, 2, 3, frames * height * width, 20, generator=draw)
     for scale in (None, 0.37):
         expected = window_attention(query, key, value, token_mask(grid, window, border), scale)
@@ -117,7 +116,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("border", ["inward", "clipped"])
 def test_groups_never_hold_the_mask_of_the_whole_clip(border):
-    grid, window = (3, 48, 48), (5, 7)
+    grid = (3, 48, 48)
+    window = (5, 7)
     tokens = 3 * 48 * 48
     query, key, value = torch.randn(3, 1, 1, tokens, 8)
     with LargestTensor() as dense:
@@ -130,7 +130,8 @@ def test_groups_never_hold_the_mask_of_the_whole_clip(border):
 
 
 def test_clipped_and_inward_differ_at_the_border_only():
-    inward, clipped = freeswim.window_mask(9, 12, (5, 7)), window_mask(9, 12, (5, 7), "clipped")
+    inward = freeswim.window_mask(9, 12, (5, 7))
+    clipped = window_mask(9, 12, (5, 7), "clipped")
     same = (inward == clipped).all(dim=1).view(9, 12)
     inside = torch.zeros(9, 12, dtype=torch.bool)
     inside[2:-2, 3:-3] = True

@@ -40,7 +40,8 @@ from support.compiled import CompiledBlock
 from tiny import world
 
 HERE = Path(__file__).parent
-RANK, RANKS = processes.rank(), int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
+RANK = processes.rank()
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # this process, and how many
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel",
     "_diffusers_version": "0.35.2",
@@ -195,7 +196,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            matrices, rate, momentum = group["params"], group["lr"], group["momentum"]
+            matrices = group["params"]
+            rate = group["lr"]
+            momentum = group["momentum"]
             gradient = torch.stack([matrix.grad for matrix in matrices])
             average = self.state[matrices[0]].setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 1 - momentum)
@@ -244,7 +247,8 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     file = args.work / f"{name}.pt"
     for weight in net.parameters():
         same(weight.data)
-    matrices, others = [], []
+    matrices = []
+    others = []
     for key, weight in net.named_parameters():
         (matrices if "transformer.blocks" in key and weight.ndim == 2 else others).append(weight)
     optimizers = [
@@ -253,14 +257,16 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
     if matrices:
         optimizers.append(Muon(matrices, learning_rate))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    step, before = 0, 0.0  # seconds of earlier runs
+    step = 0
+    before = 0.0  # seconds of earlier runs
     if file.is_file():
         state = torch.load(file, map_location=args.device, weights_only=True)
         net.load_state_dict(state["net"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         average.load_state_dict(state["average"])
-        step, before = state["step"], state["seconds"]
+        step = state["step"]
+        before = state["seconds"]
 
     def save():
         state = {
@@ -273,7 +279,10 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
-    total, resumed_at, began, saved = 0.0, step, time.time(), time.time()
+    total = 0.0
+    resumed_at = step
+    began = time.time()
+    saved = time.time()
     while True:
         if step % 20 == 0:  # all processes look at one clock, and end together
             seconds = processes.from_first(lambda: before + time.time() - began)
@@ -294,7 +303,8 @@ def train(name, net, loss_of, minutes, learning_rate, args, log):
         for optimizer in optimizers:
             optimizer.step()
         average.update_parameters(net)
-        total, step = total + loss.detach(), step + 1
+        total = total + loss.detach()
+        step = step + 1
         if step % 100 == 0:
             log(f"{name} step {step} loss {total.item() / 100:.4f} minutes {seconds / 60:.1f}")
             total = 0.0
@@ -309,15 +319,14 @@ def vae_windows(args, generator, size=64):
     is there, magnified up to three times. Of all frames: a decoder that learned from shorter clips
     coloured noses and tails wrong near the end. Around all of a fish: one that saw little of what
     is before noses and behind tails did so anywhere."""
-    frames, count = args.frames, args.vae_batch
+    frames = args.frames
+    count = args.vae_batch
     scenes = world.sample_scenes(count, generator, frames)
     u = torch.rand(6, count, generator=generator)
     pixel = 1 / args.height / 3 ** torch.where(u[0] < 0.4, torch.zeros(count), u[1])
-    fish, bubble, within = (
-        u[4] < 0.6,
-        (u[4] > 0.8) & (scenes["bubble_y"][:, 0] > 0),
-        size / 2 * pixel,
-    )
+    fish = u[4] < 0.6
+    bubble = (u[4] > 0.8) & (scenes["bubble_y"][:, 0] > 0)
+    within = size / 2 * pixel
     scenes["bubbles"] = torch.where(bubble, 1, scenes["bubbles"])
     fish_x = world.fish_x(scenes, 2 * world.half_time(frames) * u[5][:, None])[:, 0]  # at any time
     near_fish = (
@@ -335,10 +344,8 @@ def vae_windows(args, generator, size=64):
             near_fish, near_bubble, (u[2] * world.WIDTH, u[3]), strict=True
         )
     )
-    x, y = (
-        x.clamp(min=0).minimum(world.WIDTH - size * pixel),
-        y.clamp(min=0).minimum(1 - size * pixel),
-    )
+    x = x.clamp(min=0).minimum(world.WIDTH - size * pixel)
+    y = y.clamp(min=0).minimum(1 - size * pixel)
     to = lambda part: part.to(args.device)  # noqa: E731
     return world.render(
         {k: to(v) for k, v in scenes.items()}, size, size, frames, (to(x), to(y), to(pixel))
@@ -350,7 +357,8 @@ def blurred(video, generator):
     half or a third of their size and resized bilinearly, with colours that are a little off here
     and there."""
     parts = 2 + torch.randint(0, 2, (1,), generator=generator).item()
-    frames, (height, width) = video.transpose(1, 2).flatten(0, 1), video.shape[-2:]
+    frames = video.transpose(1, 2).flatten(0, 1)
+    (height, width) = video.shape[-2:]
     small = F.interpolate(frames, (height // parts, width // parts), mode="area")
     smooth = upsample(small.unflatten(0, (len(video), -1)).transpose(1, 2), height, width)
     off = (
@@ -425,7 +433,9 @@ def cut_windows(latents, scenes, scale, args, generator):
     captions of what is seen."""
     rows = window_size(args.height // 16)  # in tokens, of 16 pixels
     columns = window_size(args.width // 16)
-    pixel, windows, text = torch.full((len(latents),), 1 / (args.height * scale)), [], []
+    pixel = torch.full((len(latents),), 1 / (args.height * scale))
+    windows = []
+    text = []
     for _ in range(int(scale**2)):
         pieces, top, left = cut(latents, rows, columns, generator)
         windows.append(pieces)
@@ -443,14 +453,13 @@ def encoded_clips(vae, tokenizer, shown, scale, args, log):
     scenes at a multiple of the native size, the larger, the fewer, or of windows of such scenes."""
     file = args.work / f"clips-{shown}-{scale}.pt"
     if not file.is_file():
-        shape, count = (int(args.height * scale), int(args.width * scale)), int(32 / scale**2)
+        shape = (int(args.height * scale), int(args.width * scale))
+        count = int(32 / scale**2)
         share = SETS[shown, scale] + (SETS.get(("part", scale), 0) if shown == "scene" else 0)
-        generator, parts = (
-            torch.Generator().manual_seed(
-                10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))
-            ),
-            [],
+        generator = torch.Generator().manual_seed(
+            10**4 * args.seed + 1000 * RANK + list(SETS).index((shown, scale))
         )
+        parts = []
         for _ in range(math.ceil(args.clips * share / scale**2 / count)):
             scenes = world.sample_scenes(count, generator, args.frames)
             video = world.render(
@@ -571,7 +580,8 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
             (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), text
         )
         error = (velocity - (noise - clean)).square()
-        first, later = error[:, :, 0].mean(), error[:, :, 1:].mean()
+        first = error[:, :, 0].mean()
+        later = error[:, :, 1:].mean()
         firsts.append(first.detach())
         if len(firsts) == 500:
             log(
@@ -615,7 +625,8 @@ def main():
         mean, std = (part.flatten().to(args.device) for part in (vae.mean, vae.std))
     else:
         whole = sets["scene", 1][0].float()
-        mean, std = same(whole.mean((0, 2, 3, 4))), same(whole.std((0, 2, 3, 4)))
+        mean = same(whole.mean((0, 2, 3, 4)))
+        std = same(whole.std((0, 2, 3, 4)))
     text_config = {**TEXT, "vocab_size": words}
     nets = train_transformer(sets, mean, std, tokenizer, text_config, args, log)
 

@@ -95,7 +95,8 @@ def main(folder):
     ours = WanVAE.from_pretrained(folder / "vae", "cuda")
     theirs = AutoencoderKLWan.from_pretrained(folder / "vae").cuda()
     theirs.enable_tiling()
-    mean, std = ours.mean.cuda(), ours.std.cuda()
+    mean = ours.mean.cuda()
+    std = ours.std.cuda()
     encoded = measure("vae encode 480x832x17, ours", lambda: ours.encode(video))
     their_mode = measure(
         "vae encode 480x832x17, diffusers", lambda: theirs.encode(video).latent_dist.mode()
@@ -111,8 +112,10 @@ def main(folder):
         f"{(decoded.abs() < 1).float().mean():.0%} of the pixels not clamped"
     )
 
-    assert exact <= 1e-5 and error <= 1.2 * their_error
-    assert encode_error <= 1e-5 and decode_error <= 1e-5
+    assert exact <= 1e-5
+    assert error <= 1.2 * their_error
+    assert encode_error <= 1e-5
+    assert decode_error <= 1e-5
 
 
 if __name__ == "__main__":

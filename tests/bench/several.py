@@ -1,4 +1,4 @@
-"""Several GPUs beside one, in the same run:
+"""Several GPUs compared with one, in the same run:
 
     torchrun --nproc-per-node N tests/bench/several.py [TABLE ...]
 

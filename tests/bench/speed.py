@@ -1,18 +1,18 @@
-"""What is fast, and beside what. `python tests/bench/speed.py` prints these tables, on a GPU; name
-some to have only those:
+"""What is fast, and compared with what. `python tests/bench/speed.py` prints these tables, on a
+GPU; name some to have only those:
 
-    attention   one window attention at 1080p, beside full attention and the authors' order
+    attention   one window attention at 1080p, full attention, and the authors' order
     step        a block, a step and 35 steps at 1080p: plain, compiled, with flash-attn-4
     memory      the peak of a pass: with the cache, without, with cache or weights on the CPU
     14b         the same with the dimensions of the 14B, weights resident and on the CPU
     5b          steps of Wan2.2-TI2V-5B, 121 frames, at 1088x1920 and 2112x3840
     4k          attention and a step at 2160x3840, compared with float32 at sampled positions
     40heads     the 14B's attentions at 2160x3840, whose tensors have more than 2**31 elements
-    vae         encode and decode at 1080p, beside Diffusers'
-    estimate    the peak of a step, beside what the command expects before it starts
+    vae         encode and decode at 1080p, and Diffusers'
+    estimate    the peak of a step, and what the command expects before it starts
     gpus        a step on several GPUs, projected from one GPU and from the bytes exchanged
 
-`--quick` times the bundled VAE beside Diffusers' on a CPU, in a minute. Transformers have the
+`--quick` times the bundled VAE and Diffusers' on a CPU, in a minute. Transformers have the
 dimensions of Wan2.1 1.3B (or 14B), random weights in bfloat16, and 81 frames. Passes of few blocks
 are timed where all would take minutes; a step is worked out from them, as all blocks are alike.
 Memory is the allocated peak.
@@ -121,10 +121,12 @@ def time_major_window(grid, window):
     frames, height, width = grid
 
     def visible(batch, head, query, key):
-        row, column = query // width % height, query % width
+        row = query // width % height
+        column = query % width
         top = (row - window[0] // 2).clamp(0, height - window[0])
         left = (column - window[1] // 2).clamp(0, width - window[1])
-        seen_row, seen_column = key // width % height, key % width
+        seen_row = key // width % height
+        seen_column = key % width
         return (
             (seen_row >= top)
             & (seen_row < top + window[0])
@@ -326,7 +328,7 @@ def rounding_table():
 
 
 def estimate_table(layers=4):
-    """What support/offload.py expects beside the peak that a pass takes."""
+    """The peak that a pass takes, and what support/offload.py expects."""
     print(
         f"\n| {layers} blocks | cache | weights | peak, GiB | expected | ratio |\n"
         "|---|---|---|---|---|---|",
@@ -382,7 +384,8 @@ def refinement_peak(transformer, grid, cache_on_cpu):
 
 def memory_table():
     table(f"one pass, 1080p, all {LAYERS} blocks, compiled")
-    given, window = inputs(HD), list(windows(HD).values())[-1]
+    given = inputs(HD)
+    window = list(windows(HD).values())[-1]
     transformer = random_transformer(CompiledBlock, LAYERS)
     dual = partial(predict_dual, transformer, *given, window, FULL)
     report("without cache: both paths", dual, 1)
@@ -398,7 +401,8 @@ def memory_table():
 
 def memory_14b_table():
     table("one pass, 1080p, 4 of the 14B's 40 blocks, compiled")
-    given, window = inputs(HD), list(windows(HD).values())[-1]
+    given = inputs(HD)
+    window = list(windows(HD).values())[-1]
     for name in ("resident", "on the CPU"):
         if name == "resident":
             transformer = random_transformer(CompiledBlock, 4, changes=B14)
@@ -497,7 +501,7 @@ def forty_heads_table():
 
 
 def vae_table():
-    """Plain, fast in TF32, and fast in float16, all beside plain float32 without TF32."""
+    """Plain, fast in TF32, and fast in float16, all compared with plain float32 without TF32."""
     table("VAE, 17 frames of 1920x1088")
     config = json.loads((PUBLISHED / "vae" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
@@ -524,7 +528,7 @@ def vae_table():
 
 
 def vae_tiles_table():
-    """The ways in which the command divides frames, for 81 of them, beside the expected peak."""
+    """The ways in which the command divides frames, with the expected peak."""
     configs = {
         "Wan2.1": (PUBLISHED, (1088, 1920), 81),
         "Wan2.2-TI2V-5B": (PUBLISHED_5B, (1088, 1920), 121),

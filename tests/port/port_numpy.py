@@ -152,7 +152,8 @@ def causal_conv(weights, name, x, history):
         past = np.zeros((x.shape[0], 2, *x.shape[2:]))
     x = np.concatenate([past, x], axis=1)
     history[name] = x[:, -2:]
-    rows, columns = weight.shape[3] // 2, weight.shape[4] // 2
+    rows = weight.shape[3] // 2
+    columns = weight.shape[4] // 2
     x = np.pad(x, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
     return convolve(x, weight, weights[name + ".bias"])
 
@@ -487,7 +488,8 @@ def feed_forward(weights, block, tokens, modulation, note):
 def embed(weights, config, latents, timestep, text, note):
     """Tokens (N, D), embedded time (D,), modulation (6, D), embedded text (L, D), angles."""
     _, frames, rows, columns = latents.shape
-    height, width = rows // 2, columns // 2
+    height = rows // 2
+    width = columns // 2
     # In a patch, channels come first, then its rows, then its columns.
     patches = latents.reshape(16, frames, height, 2, width, 2).transpose(2, 4, 1, 0, 3, 5)
     patches = patches.reshape(-1, 64)
@@ -528,7 +530,7 @@ def unembed(weights, tokens, time, shape, note):
 def predict(weights, config, latents, timestep, text, scale, mask, dual, cache=None, note=ignore):
     """The velocity that the window path predicts at `latents`; `text` is (L, text_dim).
 
-    With `dual`, the full path runs beside it, and its cross-attention outputs replace the window
+    With `dual`, the full path runs too, and its cross-attention outputs replace the window
     path's; they are kept in `cache`, if that is a dict. Without `dual`, those in the cache replace
     them. Without both, the window path has its own."""
     heads = config["num_attention_heads"]
@@ -821,7 +823,8 @@ def transformer_steps(note, weights, config, meta, given):
     rest = (scale, mask)
     first = (weights, config, given["latents"], given["timestep"])
     following = (weights, config, given["latents_next"], given["timestep_next"])
-    text, negative = given["text"], given["negative"]
+    text = given["text"]
+    negative = given["negative"]
     everything = np.ones_like(mask)
 
     predict(*first, text, *rest, dual=True, note=prefixed(note, "dit."))

@@ -211,7 +211,9 @@ def transformer_steps(notes, case):
     notes.place("mask")
     net = case.transformer
     given = case.expected
-    latents, timestep, text = given["latents"], given["timestep"], given["text"]
+    latents = given["latents"]
+    timestep = given["timestep"]
+    text = given["text"]
     tokens, time_emb, modulation, context, rotary, _ = net.embed(latents, timestep, text)
     notes.add("dit.patches", tokens[0])
     notes.add("dit.time", time_emb[0])
