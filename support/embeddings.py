@@ -32,7 +32,8 @@ def key_of(fingerprints, prompts, options):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    text = json.dumps(described)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def file_of(key):
@@ -44,24 +45,27 @@ def load(key, length):
     try:
         tensors = load_file(file_of(key))
         embeddings = tensors["embeddings"]
-        if not embeddings.isfinite().all() or embeddings.shape[1] > length:
-            return None
-        padding = length - embeddings.shape[1]
-        return torch.nn.functional.pad(embeddings, (0, 0, 0, padding))
     except (OSError, SafetensorError, KeyError):
         return None
+    padding = length - embeddings.shape[1]
+    if padding < 0 or not embeddings.isfinite().all():
+        return None
+    return torch.nn.functional.pad(embeddings, (0, 0, 0, padding))
 
 
 def keep(key, embeddings):
     """Keep embeddings (B, L, D), without the zeros at the end of all of them. A folder that cannot
     be written is no error: they are computed again."""
-    used = embeddings.ne(0).any(dim=2).any(dim=0).nonzero()
-    length = 1 if len(used) == 0 else int(used.max()) + 1
+    is_used = embeddings.ne(0).any(dim=2).any(dim=0)  # of tokens, by any prompt
+    length = 1
+    if is_used.any():
+        length = int(is_used.nonzero().max()) + 1
+    used = embeddings[:, :length].contiguous()
     file = file_of(key)
     temporary = file.with_name(f".{key}.{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": embeddings[:, :length].contiguous()}, temporary)
+        save_file({"embeddings": used}, temporary)
         os.replace(temporary, file)
     except (OSError, SafetensorError):
         temporary.unlink(missing_ok=True)

@@ -233,7 +233,7 @@ def without_prefixes(key):
     return key
 
 
-def place(key, names):
+def find_target(key, names):
     """Our tensor that an entry of a file changes, and which part of the change it is; None and the
     part if there is no such tensor, None and None if it is no part of a LoRA."""
     name = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)  # an adapter's name
@@ -414,11 +414,11 @@ def group_by_tensor(lora, header, names):
         for part, kind in ELSEWHERE.items():
             if part in key:
                 refuse(lora, f"{key} is for {kind}; it is of another model")
-    placed = {key: place(key, names) for key in header}
-    if all(part in (None, "alpha") for _, part in placed.values()):
+    targets = {key: find_target(key, names) for key in header}
+    if all(part in (None, "alpha") for _, part in targets.values()):
         refuse(lora, f"holds no LoRA, but {list(header)!s:.200}")
     grouped = {}
-    for key, (ours, part) in placed.items():
+    for key, (ours, part) in targets.items():
         if ours is None:
             refuse(lora, f"{key} fits nothing in this transformer; is it for another model?")
         parts = grouped.setdefault(ours, {})

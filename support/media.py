@@ -110,8 +110,8 @@ def read_picture(file, form, most, start):
     frames = []
     times = []
     with imageio.imopen(file, "r", plugin="pillow") as image:
-        total = image.properties(index=...).n_images if form in ANIMATIONS else 1
-        for index in range(total):
+        frame_count = image.properties(index=...).n_images if form in ANIMATIONS else 1
+        for index in range(frame_count):
             pixels = read_rgb(image, index)
             duration = Fraction(image.metadata(index=index).get("duration") or 0)
             shown_until = sum(durations) + max(duration, 1)
@@ -120,10 +120,10 @@ def read_picture(file, form, most, start):
                 frames.append(pixels)
             durations.append(duration)
     fps = None
-    if total > 1 and sum(durations) > 0:
-        fps = 1000 * total / sum(durations)
+    if frame_count > 1 and sum(durations) > 0:
+        fps = 1000 * frame_count / sum(durations)
     check_start(frames, file, start)
-    notes = left_out(total, len(frames), start)
+    notes = note_on_unused(frame_count, len(frames), start)
     end = times[0] + (len(frames) / fps if fps else 0)
     return make_clip(file, frames, fps, times, end, has_sound=False, notes=notes)
 
@@ -190,7 +190,7 @@ def decode_video(container, file, most, start):
         end = times[-1] + (1 / fps if fps else 0)
     notes = []
     if following is not None or start > 0:
-        notes.extend(left_out(stream.frames, len(frames), start))
+        notes.extend(note_on_unused(stream.frames, len(frames), start))
     if is_hdr(first):
         notes.append("the clip is HDR: its colours are mapped to BT.709, and may look different")
     sound = len(container.streams.audio) > 0
@@ -229,15 +229,15 @@ def check_start(frames, file, start):
         raise UserError(f"--base-video {file}: cannot be read as a video (it has no frames)")
 
 
-def left_out(total, used, start):
-    """A note on the frames that are not used. `total` is 0 if it is not known."""
+def note_on_unused(frame_count, used, start):
+    """A note on the frames that are not used. `frame_count` is 0 if it is not known."""
     if start > 0:
         return (f"{used} frames of the clip are used, from {start} seconds on",)
-    if total > used:
-        return (f"of the clip's {total} frames, the last {total - used} are left out",)
-    if total == 0 and used == 1:
+    if frame_count > used:
+        return (f"of the clip's {frame_count} frames, the last {frame_count - used} are left out",)
+    if frame_count == 0 and used == 1:
         return ("only the first frame of the clip is used",)
-    if total == 0:
+    if frame_count == 0:
         return (f"the first {used} frames of the clip are used",)
     return ()
 
@@ -497,12 +497,12 @@ def read_sound(file, begin, end):
                 container.seek(int((begin - 1) / stream.time_base), stream=stream)
             resampler = av.AudioResampler("fltp", layout, SOUND_RATE)
             samples = None
-            for part in resampled(container, stream, resampler):
+            for part in resample(container, stream, resampler):
                 chunk = part.to_ndarray()
                 if samples is None:
                     samples = np.zeros((chunk.shape[0], count), np.float32)
                 first = round((part.pts * part.time_base - begin) * SOUND_RATE)
-                place(samples, chunk, first)
+                copy_chunk(samples, chunk, first)
                 if first > count:
                     break
     except (av.error.FFmpegError, ValueError) as error:
@@ -512,13 +512,13 @@ def read_sound(file, begin, end):
     return Sound(samples, layout)
 
 
-def resampled(container, stream, resampler):
+def resample(container, stream, resampler):
     for frame in container.decode(stream):
         yield from resampler.resample(frame)
     yield from resampler.resample(None)
 
 
-def place(samples, chunk, first):
+def copy_chunk(samples, chunk, first):
     """Copy a chunk into `samples`, (channels, samples), from sample `first` on, where it fits."""
     begin = max(first, 0)
     end = min(first + chunk.shape[1], samples.shape[1])

@@ -142,11 +142,13 @@ def test_the_first_window_that_agrees_is_taken(monkeypatch, capsys, dtype):
     monkeypatch.setattr(attention, "WINDOWS", windows)
     found = attention.choose_window(torch.device("cpu"), dtype, 16)
     assert found is freeswim.grouped_window
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert len(said) < 400
-    assert said.startswith("window attention by right; not broken: RuntimeError: no compiler xxx")
-    assert "; not wrong: ValueError: its result is off by " in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert len(printed) < 400
+    assert printed.startswith(
+        "window attention by right; not broken: RuntimeError: no compiler xxx"
+    )
+    assert "; not wrong: ValueError: its result is off by " in printed
 
 
 def test_without_flash_attention_the_line_names_it(monkeypatch):
@@ -197,13 +199,15 @@ def test_full_attention_through_flash_attention(monkeypatch, capsys, error):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=package))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
     found = attention.choose_full_attention(torch.device("cpu"), torch.float32, 20)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if error:
         assert found is model.full_attention
-        assert "full attention by PyTorch; not flash-attn-4: ValueError: its result is off" in said
+        assert (
+            "full attention by PyTorch; not flash-attn-4: ValueError: its result is off" in printed
+        )
         return
     assert found is attention.flash_full_attention
-    assert "full attention by flash-attn-4" in said
+    assert "full attention by flash-attn-4" in printed
 
     case = load("odd")
     expected = refined(case)
@@ -285,9 +289,9 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected, lines):
     placement = offload.plan_memory(plan_of_1080p(**typed), torch.device("cuda"))
     cache_device, stream_weights = expected
     assert placement == offload.Placement(cache_device == "cpu", stream_weights)
-    said = capsys.readouterr().err
-    assert said.count("\n") == lines
-    assert f"of {free}" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == lines
+    assert f"of {free}" in printed
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_scenes_are_those_that_the_model_was_trained_on():
 
 def grey_levels_off(video, recorded):
     """Between every fourth frame of clips in [-1, 1], and recorded ones, uint8."""
-    levels = ((video[:, :, ::4] + 1) * 127.5).round()
+    frames = video[:, :, ::4]
+    levels = ((frames + 1) * 127.5).round()
     return (levels - recorded).abs().max()
 
 
@@ -115,7 +116,7 @@ def test_a_scene_is_the_same_at_every_size():
 def test_bubbles_rise_where_no_fish_is():
     scenes = world.sample_scenes(60, seeded(2))
     none = torch.zeros(60, dtype=torch.long)
-    there = torch.ones(60, dtype=torch.long)
+    ones = torch.ones(60, dtype=torch.long)
     empty = scenes | {"seaweed": none, "fish": none, "bubbles": none}
     water = world.render(empty, 64, 96)
 
@@ -124,7 +125,7 @@ def test_bubbles_rise_where_no_fish_is():
         clip = world.render(empty | things, 64, 96)
         return (clip - water).abs().amax(1) > 0.05
 
-    bubbles = changed_by(bubbles=there)
+    bubbles = changed_by(bubbles=ones)
     fish = changed_by(fish=scenes["fish"])
     has_bubbles = bubbles.flatten(1).any(1)
     assert has_bubbles.float().mean() > 0.9
@@ -229,7 +230,9 @@ def test_the_detector_sees_what_is_wrong():
     video = world.render(scenes, 256, 384)
 
     def verdict(video, **changes):
-        return judge(looked_at(video)[0], asked_for(scenes | changes, 0))
+        frames = looked_at(video)[0]
+        wanted = asked_for(scenes | changes, 0)
+        return judge(frames, wanted)
 
     assert verdict(video) == {
         "extra fish": 0,
@@ -291,8 +294,11 @@ def test_muon_for_many_matrices_is_muon_for_each():
 
 
 def test_it_is_small():
-    files = [file for file in TINY.rglob("*") if file.suffix in (".json", ".safetensors")]
-    assert sum(file.stat().st_size for file in files) <= 25e6
+    size = 0
+    for file in TINY.rglob("*"):
+        if file.suffix in (".json", ".safetensors"):
+            size += file.stat().st_size
+    assert size <= 25e6
     for file in TINY.rglob("*.safetensors"):
         for tensor in load_file(file).values():
             assert tensor.dtype == torch.bfloat16
@@ -353,7 +359,8 @@ def test_diffusers_and_transformers_read_it_as_we_do(transformer, vae, text):
     tokenizer = load_tokenizer(TINY / "tokenizer", BUNDLED.text_length)
     tokens = tokenizer.encode(PROMPTS[0])
     count = sum(tokens.attention_mask)
-    expected = theirs(torch.tensor([tokens.ids[:count]])).last_hidden_state
+    ids = torch.tensor([tokens.ids[:count]])
+    expected = theirs(ids).last_hidden_state
     assert relative(text[:1, :count], expected) <= 1e-5
 
 

@@ -183,7 +183,7 @@ def save_animation(file, pictures):
     """A WebP that plays in a loop, as fast as the clip."""
     first, *rest = pictures
     duration = round(1000 / BUNDLED.fps)  # milliseconds
-    first.save(file, save_all=True, append_images=rest, duration=duration, loop=0, quality=80)
+    first.save(file, save_all=True, append_images=rest, duration=duration, loop=0, quality=90)
 
 
 def main(folder):

@@ -538,8 +538,8 @@ def fish_skin(base, pattern, dx, dy, swing, pixel):
 def stripes(dx, dy, pattern):
     """Signed distance from the stripes, behind the head."""
     along = (dx + 0.5 * dy * dy) / 0.19
-    place = (along + 0.25) % 1 - 0.5
-    band = place.abs() * 0.19 - 0.04
+    phase = (along + 0.25) % 1 - 0.5
+    band = phase.abs() * 0.19 - 0.04
     beyond = (dx - 0.24).abs() - 0.42
     is_other = pattern != PATTERNS.index("striped")
     found = torch.maximum(band, beyond) + FAR * is_other
@@ -549,8 +549,8 @@ def stripes(dx, dy, pattern):
 def spots(dx, dy, pattern):
     """Signed distance from the spots, in rows that are shifted against each other."""
     row = torch.floor(dy / 0.12 + 0.5)
-    place = (dx / 0.14 + 0.5 * row) % 1
-    across = (place - 0.5) * 0.14
+    phase = (dx / 0.14 + 0.5 * row) % 1
+    across = (phase - 0.5) * 0.14
     found = circle(across, dy - 0.12 * row, 0.038)
     is_other = pattern != PATTERNS.index("spotted")
     return torch.maximum(found, dx - 0.22) + FAR * is_other
