@@ -141,7 +141,7 @@ class Kernels:
 
 
 def choose_kernels(plan, device):
-    """The fastest that works here."""
+    """The fastest ones that work on this device."""
     kernels = Kernels(model.Block, model.full_attention, freeswim.grouped_window)
     if device.type == "cuda":
         from support import attention, compiled  # PyTorch's compiler takes seconds to import

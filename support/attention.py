@@ -1,7 +1,7 @@
 """Window and full attention on a GPU, and which of them works here.
 
 Imported on a GPU only, because importing PyTorch's compiler takes seconds. Each attention is tried
-at the start of a run, on small inputs, and used only if it agrees with its obvious twin.
+at the start of a run, on small inputs, and used only if it agrees with a slow reference.
 """
 
 import math

@@ -67,7 +67,7 @@ class CompiledNormSiLU(NormSiLU):
     def forward(self, x):
         rows = x.permute(0, 2, 3, 4, 1)  # (B, F, H, W, C), as they are in memory
         positions = rows.reshape(-1, rows.shape[-1]).contiguous()
-        # Of a view, the compiler would also note the shape of what it is a view of.
+        # .data, because for a view the compiler also specialises on the shape of its base.
         result = compiled_norm_silu(positions.data, self.gamma, self.EPS)
         return result.view(rows.shape).permute(0, 4, 1, 2, 3)
 

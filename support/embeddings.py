@@ -1,5 +1,5 @@
 """Text embeddings of prompts that were embedded before, in the user's cache folder. Wan's text
-encoder has 21 GiB, and the embeddings of a prompt some hundred KiB."""
+encoder has 21 GiB, and the embeddings of a prompt a few hundred KiB."""
 
 import hashlib
 import json

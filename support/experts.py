@@ -10,8 +10,8 @@ class Experts:
     """Takes the place of a WanTransformer in freeswim.generate and freeswim.refine. The transformer
     `transformer` serves timesteps from `boundary` on, `transformer_2` those below.
 
-    `load(name)` returns one of them. Nobody else gets hold of it: each is loaded when its steps
-    begin, after the other has gone.
+    `load(name)` returns one of them. No reference to it leaves this class: each is loaded when its
+    steps begin, after the other is freed.
     """
 
     def __init__(self, load, boundary, like):

@@ -264,7 +264,7 @@ def check_weights(name, folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Fingerprints: short hashes that tell files from others
+# Fingerprints: short hashes that identify files
 
 WHOLE = 2**26  # bytes; of a larger file, a fingerprint covers samples
 SAMPLES = 512

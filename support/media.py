@@ -48,8 +48,8 @@ def read_size(file, start=0):
 
 
 def read_clip(file, most, start=0):
-    """The first `most` frames from `start` seconds on of a video, or a picture. Frames are all
-    stored ones, each once, in order. Raises UserError for anything else."""
+    """The first `most` frames from `start` seconds on of a video, or a picture. Every
+    stored frame counts, once, in order. Raises UserError for anything else."""
     file = Path(file)
     check_readable(file)
     try:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from support import UserError
 
 # --------------------------------------------------------------------------------------------------
-# Who is there
+# How many processes there are
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -89,7 +89,7 @@ def print_error(message):
 
 
 def is_first_to_report(message):
-    """Whether no other process has reported this. They ask the store through which they met."""
+    """Whether no other process has reported this. The store that all of them share decides."""
     if not are_several():
         return True
     import torch.distributed as dist
@@ -166,7 +166,8 @@ class PatientStream:
 
 
 def protect_streams():
-    """Make standard output and standard error patient, also where they are closed."""
+    """Keep the command running when standard output or standard error is slow, closed, or cannot
+    encode a character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed: the descriptor must not be given to another file

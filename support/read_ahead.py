@@ -1,7 +1,7 @@
 """Have the system read a model's weights into memory while the command still imports PyTorch and
 tries kernels: from a cold disk, reading takes longer than everything else before the first step.
-They are really read, because the system takes the advice to do so (posix_fadvise) for few pages
-only. Nothing here needs PyTorch."""
+Weights are read, not only announced by posix_fadvise, which the system follows for few pages.
+Nothing here needs PyTorch."""
 
 import json
 import os

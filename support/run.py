@@ -104,8 +104,8 @@ def make_record(plan, device):
 
 
 def read_record(folder):
-    """The RunRecord of a folder. Raises UserError if there is none, or if it holds what no run
-    writes."""
+    """The RunRecord of a folder. Raises UserError if there is none, or if it is not
+    valid."""
     file = Path(folder) / "run.json"
     if not os.path.lexists(file):
         raise UserError(f"{folder}: no run is there, as it has no run.json; begin a new one")
@@ -123,7 +123,7 @@ def read_record(folder):
 
 
 def check_types(record):
-    """Raise TypeError or ValueError for a field that no run writes so."""
+    """Raise TypeError or ValueError for an invalid field."""
     for entry in fields(RunRecord):
         value = getattr(record, entry.name)
         if not isinstance(value, entry.type):
