@@ -290,6 +290,7 @@ MOST_ELEMENTS = 2**31  # of a tensor, which kernels address with 32 bits
 # Fitted to peaks that tests/bench measured: speed.py vae. While a VAE decodes, it holds about as
 # many tensors of its widest stage, over the four frames of a latent.
 VAE_TENSORS = 13
+SHORTCUT_TENSORS = 3  # more in Wan2.2-TI2V-5B's, whose stages keep a shortcut of their input
 
 
 def choose_vae_tiles(plan, device, placement):
@@ -325,5 +326,8 @@ def vae_memory(plan, pixels):
     itemsize = getattr(torch, plan.options.vae_dtype).itemsize
     canvas = 3 * frames * height * width * 4  # the video, float32
     decoded = 3 * frames * pixels * itemsize  # of a tile
-    working = VAE_TENSORS * 4 * vae_channels(plan) * pixels * itemsize
+    tensors = VAE_TENSORS
+    if plan.parts.vae.config.get("is_residual"):
+        tensors += SHORTCUT_TENSORS
+    working = tensors * 4 * vae_channels(plan) * pixels * itemsize
     return canvas + decoded + working

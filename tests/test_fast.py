@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from oracle import relative, seeded, token_mask, window_attention
-from parity import empty_transformer, empty_vae, plan_for
+from parity import TESTS, empty_transformer, empty_vae, plan_for
 from references import REFERENCE, load, refined
 
 import freeswim
@@ -292,6 +292,56 @@ def test_memory_is_planned(monkeypatch, capsys, free, typed, expected, lines):
     printed = capsys.readouterr().err
     assert printed.count("\n") == lines
     assert f"of {free}" in printed
+
+
+WAN_VAE = model.build(model.WanVAE, TESTS / "wan2.1-t2v-1.3b" / "vae")  # without memory
+
+
+def plan_of_decoding(vae, **options):
+    """As much of a plan as the VAE's memory depends on: 81 frames of 1920x1088, or other ones."""
+    plan = plan_of_1080p(frames=81, **options)
+    plan.parts.vae = vae
+    plan.parts.latent_size = vae.spatial_factor
+    plan.target = plan.computed
+    return plan
+
+
+@pytest.mark.parametrize("free, tiles", [(40, "whole"), (27, "whole"), (24, "64"), (5, "32")])
+def test_vae_tiles_are_as_large_as_fits(monkeypatch, free, tiles):
+    """Next to the transformer's weights, 2.6 GiB; whole frames take 23.0."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
+    plan = plan_of_decoding(WAN_VAE)
+    on_gpu = offload.Placement(cache_on_cpu=False, stream_weights=False)
+    assert offload.choose_vae_tiles(plan, torch.device("cuda"), on_gpu) == tiles
+
+
+def test_several_processes_need_tiles_to_share(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
+    pretend_to_be_one_of(monkeypatch, "2")
+    on_gpu = offload.Placement(cache_on_cpu=False, stream_weights=False)
+    plan = plan_of_decoding(WAN_VAE)
+    assert offload.choose_vae_tiles(plan, torch.device("cuda"), on_gpu) == "64"
+
+
+@pytest.mark.parametrize("height, tiles", [(512, "whole"), (544, "32")])
+def test_on_a_cpu_small_frames_are_whole(height, tiles):
+    plan = plan_of_decoding(WAN_VAE)
+    plan.target = (height, 512)
+    nothing = offload.Placement(cache_on_cpu=False, stream_weights=False)
+    assert offload.choose_vae_tiles(plan, torch.device("cpu"), nothing) == tiles
+
+
+@pytest.mark.parametrize(
+    "folder, frames, peak", [("wan2.1-t2v-1.3b", 81, 22.6), ("wan2.2-ti2v-5b", 121, 23.3)]
+)
+def test_the_vaes_memory_is_near_what_was_measured(folder, frames, peak):
+    """GiB of whole frames of 1920x1088, without the transformer's weights: tests/README.md."""
+    vae = model.build(model.WanVAE, TESTS / folder / "vae")
+    plan = plan_of_decoding(vae)
+    plan.options.frames = frames
+    height, width = plan.computed
+    expected = offload.vae_memory(plan, height * width) + offload.vae_weights(plan)
+    assert 1 <= expected / 2**30 / peak <= 1.15
 
 
 @pytest.mark.parametrize(
