@@ -11,6 +11,7 @@ An earlier version of this code: 2,000 mutations, 1,748 refused by name, 252 loa
 weights, 45 s.
 """
 
+import argparse
 import collections
 import json
 import random
@@ -285,5 +286,11 @@ def main(mutations, seed, folder):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        main(*(list(map(int, sys.argv[1:])) + [2000, 0][len(sys.argv) - 1 :]), Path(folder))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mutations", type=int, nargs="?", default=2000)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(arguments.mutations, arguments.seed, Path(temporary))

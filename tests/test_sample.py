@@ -528,14 +528,16 @@ def test_a_video_has_exactly_the_size_asked_for(checkpoint, tmp_path, size):
 def write_clip(file, shape=(12, 180, 320), fps=60):
     """A white disc on a dark gradient; what distorts it makes an ellipse of it."""
     count, height, width = shape
-    y, x = np.indices((height, width))
-    disc = ((y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 4) ** 2)[..., None]
-    frames = [
-        np.where(
-            disc, 255, np.stack([x * 80 // width, y * 80 // height, 0 * x + 9 * i], -1)
-        ).astype(np.uint8)
-        for i in range(count)
-    ]
+    row, column = np.indices((height, width))
+    dy = row - height / 2
+    dx = column - width / 2
+    disc = dx**2 + dy**2 < (height / 4) ** 2
+    disc = disc[..., None]
+    frames = []
+    for index in range(count):
+        blue = np.full_like(row, 9 * index)
+        gradient = np.stack([column * 80 // width, row * 80 // height, blue], axis=-1)
+        frames.append(np.where(disc, 255, gradient).astype(np.uint8))
     if file.suffix == ".mp4":
         video = media.to_video(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
         media.write_video(file, video, fps)

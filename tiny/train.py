@@ -424,7 +424,9 @@ def cut(clips, rows, columns, generator=None):
     left = window_start(column, width, columns)
     windows = []
     for clip, y, x in zip(clips, top.tolist(), left.tolist(), strict=True):
-        windows.append(clip[:, :, 2 * y : 2 * (y + rows), 2 * x : 2 * (x + columns)])
+        latent_rows = slice(2 * y, 2 * (y + rows))
+        latent_columns = slice(2 * x, 2 * (x + columns))
+        windows.append(clip[:, :, latent_rows, latent_columns])
     return torch.stack(windows), top, left
 
 
@@ -570,9 +572,8 @@ def train_transformer(sets, mean, std, tokenizer, text_config, args, log):
         dropped = torch.rand(count, 1, device=args.device) < 0.1
         mask = torch.where(dropped, empty_mask, masks[pick])
         text = nets["text"](torch.where(dropped, empty_ids, ids[pick]), mask) * mask[..., None]
-        clean = (cut(clips[pick], *size)[0].float() - mean.view(-1, 1, 1, 1)) / std.view(
-            -1, 1, 1, 1
-        )
+        windows, _, _ = cut(clips[pick], *size)
+        clean = (windows.float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
         u = torch.rand(count, device=args.device) * HIGHEST[shown]
         sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # flow shift 3, as in the sampling
         noise = torch.randn_like(clean)

@@ -141,8 +141,7 @@ def vae_steps(notes):
 
     history = {}
     means = []
-    for t in range(3):
-        chunk = video[:, :, :1] if t == 0 else video[:, :, 4 * t - 3 : 4 * t + 1]
+    for t, chunk in enumerate(video.split((1, 4, 4), dim=2)):
         hooks = note_both_sides(down, "vae.encode.downsample") if t == 1 else ()
         mean, _ = vae.encode_chunk(chunk, history).chunk(2, dim=1)
         for hook in hooks:
