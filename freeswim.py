@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 from model import WanTransformer, full_attention, is_finite
 
 Grid = tuple[int, int, int]  # T, H, W
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
 
 
 class StateError(ValueError):
@@ -84,7 +84,7 @@ def window_mask(height: int, width: int, window: tuple[int, int], border: str = 
 
 def dense_window(
     grid: Grid, window: tuple[int, int], scale: float | None = None, border="inward", device="cpu"
-) -> Attention:
+) -> Attend:
     """Window attention by its definition, with one N x N mask. For small N.
 
     Like `grouped_window` and `flex_window` at the end of this file, which are faster, it prepares
@@ -121,8 +121,8 @@ def predict_dual(
     latents: Tensor,
     timestep: Tensor,
     text: Tensor,
-    attend_window: Attention,
-    attend_full: Attention,
+    attend_window: Attend,
+    attend_full: Attend,
     cache: dict | None = None,
 ) -> Tensor:
     """The window path's velocity, with its cross-attention output replaced by the full path's in
@@ -155,7 +155,7 @@ def predict_cached(
     latents: Tensor,
     timestep: Tensor,
     text: Tensor,
-    attend_window: Attention,
+    attend_window: Attend,
     cache: dict,
 ) -> Tensor:
     """The window path's velocity, with cross-attention outputs from the `cache` that an earlier
@@ -247,7 +247,7 @@ def refine(
     scale_tokens: int | None = None,
     generator: Generator | list[Generator] | None = None,
     override: bool = True,
-    window_attention: Callable[..., Attention] | None = None,
+    window_attention: Callable[..., Attend] | None = None,
     cross_attention_cache: dict | None = None,
     progress: Callable = iter,
     state: dict[str, Tensor] | None = None,
@@ -549,7 +549,7 @@ class FlowUniPC:
 
 def grouped_window(
     grid: Grid, window: tuple[int, int], scale: float | None = None, border="inward", device="cpu"
-) -> Attention:
+) -> Attend:
     """Window attention on any device: queries that share a window attend to it together."""
     frames, height, width = grid
     row_groups = queries_by_window(height, window[0], border)
@@ -621,7 +621,7 @@ def flex_window(
     border: str = "inward",
     device="cuda",
     options: dict | None = None,
-) -> Attention:
+) -> Attend:
     """Window attention on a GPU: one FlexAttention kernel that skips the blocks of the N x N mask
     in which nothing is visible. `options` are the kernel's; the default suits the device.
 

@@ -155,7 +155,8 @@ FEED_FORWARD_ELEMENTS = 2**29
 
 
 def random_table(rows, dim):
-    """A scale_shift_table, (1, rows, dim), as before training."""
+    """A scale_shift_table, (1, rows, dim), before training. Drawn so that it imports no compiler on
+    the meta device, like `embedding_table`."""
     return nn.init.trunc_normal_(torch.empty(1, rows, dim), std=dim**-0.5)
 
 

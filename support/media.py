@@ -48,8 +48,8 @@ def read_size(file, start=0):
 
 
 def read_clip(file, most, start=0):
-    """The first `most` frames from `start` seconds on of a video, or a picture. Every
-    stored frame counts, once, in order. Raises UserError for anything else."""
+    """The first `most` frames from `start` seconds on of a video, or a picture. Every stored
+    frame counts, once, in order. Raises UserError for anything else."""
     file = Path(file)
     check_readable(file)
     try:
@@ -406,7 +406,7 @@ def write_video(file, video, fps, sound=None, preset=X264_PRESET):
             stream = add_video_stream(container, height, width, fps, preset)
             if sound is not None:
                 sound_stream = add_sound_stream(container, sound)
-            for frame in converted(video):
+            for frame in convert_frames(video):
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
             if sound is not None:
@@ -419,7 +419,7 @@ def write_video(file, video, fps, sound=None, preset=X264_PRESET):
         raise OSError("the encoder wrote half of it; is the disk full?")
 
 
-def converted(video):
+def convert_frames(video):
     """The frames as the encoder wants them, a few of them ahead of it."""
     waiting = deque()
     with ThreadPoolExecutor(max_workers=4) as pool:

@@ -104,8 +104,7 @@ def make_record(plan, device):
 
 
 def read_record(folder):
-    """The RunRecord of a folder. Raises UserError if there is none, or if it is not
-    valid."""
+    """The RunRecord of a folder. Raises UserError if there is none, or if it is not valid."""
     file = Path(folder) / "run.json"
     if not os.path.lexists(file):
         raise UserError(f"{folder}: no run is there, as it has no run.json; begin a new one")

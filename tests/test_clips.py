@@ -484,7 +484,8 @@ def test_sound_is_cut_to_the_frames_that_are_used(tmp_path):
     assert clip.has_sound
     sound = media.read_sound(file, clip.times[0], clip.end)
     assert sound.samples.shape == (1, 24000)  # 8 frames at 16 per second
-    assert loudest_pitch(sound.samples[0, 4000:-4000]) == pytest.approx(880, abs=10)
+    pitch = loudest_pitch(sound.samples[0, 4000:-4000])
+    assert abs(pitch - 880) < 10
 
     media.write_video(tmp_path / "out.mp4", black(8), 16, sound)
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -492,7 +493,8 @@ def test_sound_is_cut_to_the_frames_that_are_used(tmp_path):
         parts = [frame.to_ndarray() for frame in container.decode(stream)]
     written = np.concatenate(parts, axis=1)
     assert abs(written.shape[1] - 24000) < 3000  # AAC writes whole blocks of 1024
-    assert loudest_pitch(written[0, 4000:20000]) == pytest.approx(880, abs=10)
+    pitch = loudest_pitch(written[0, 4000:20000])
+    assert abs(pitch - 880) < 10
     assert media.count_frames(tmp_path / "out.mp4") == 8
 
 

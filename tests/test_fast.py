@@ -71,7 +71,7 @@ def test_what_flex_attention_is_told(monkeypatch, grid, window, border, options)
         assert query.is_contiguous()
         assert kernel_options is options
         tokens = query.shape[2]
-        (size, _) = block_mask.BLOCK_SIZE
+        size, _ = block_mask.BLOCK_SIZE
         assert tokens % size == 0
         assert tokens % 128 == 0
         index = torch.arange(tokens)

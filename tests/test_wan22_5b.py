@@ -13,6 +13,7 @@ from command import ROOT, latents, record, refused, run_here
 from oracle import relative, seeded
 from parity import TESTS, randomise, write_random_model
 from safetensors.torch import save_file
+from test_lora import lora_for
 from test_parallel import finish, refined, torchrun
 
 from freeswim import dense_window, generate, refine
@@ -254,24 +255,11 @@ def test_frames_higher_than_wide(folder, tmp_path):
     assert imageio.imread(output / "base.mp4").shape == (1, 1280, 704, 3)
 
 
-def lora_for_all_queries(folder, file):
-    """A random LoRA, as PEFT writes it."""
-    transformer = WanTransformer.from_pretrained(folder / "transformer")
-    draw = seeded(5)
-    entries = {}
-    for index, block in enumerate(transformer.blocks):
-        rows, columns = block.self_attn.to_q.weight.shape
-        name = f"base_model.model.blocks.{index}.attn1.to_q"
-        entries[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=draw)
-        entries[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=draw)
-    save_file(entries, file)
-
-
 def test_a_clip_with_a_lora_and_a_comparison(folder, tmp_path):
     picture = tmp_path / "picture.png"
     draw = np.random.default_rng(0)
     imageio.imwrite(picture, draw.integers(0, 256, (704, 1280, 3), dtype=np.uint8))
-    lora_for_all_queries(folder, tmp_path / "lora.safetensors")
+    lora_for(folder, tmp_path / "lora.safetensors")
     given = ["--model", folder, *FEW, "--base-video", picture, "--size", "1300x720", "--compare"]
     run_here(*given, "--output", tmp_path / "plain")
     run_here(*given, "--output", tmp_path / "merged", "--lora", tmp_path / "lora.safetensors")

@@ -358,7 +358,7 @@ def blurred(video, generator):
     and there."""
     parts = 2 + torch.randint(0, 2, (1,), generator=generator).item()
     frames = video.transpose(1, 2).flatten(0, 1)
-    (height, width) = video.shape[-2:]
+    height, width = video.shape[-2:]
     small = F.interpolate(frames, (height // parts, width // parts), mode="area")
     smooth = upsample(small.unflatten(0, (len(video), -1)).transpose(1, 2), height, width)
     off = (

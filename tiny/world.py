@@ -315,7 +315,7 @@ def circle(x, y, radius):
 
 
 def length_of(x, y):
-    """Of a vector. The square root has no slope at 0."""
+    """Of a vector, and never quite 0."""
     return torch.sqrt(x**2 + y**2 + 1e-9)
 
 

@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +125,7 @@ class Line(NamedTuple):
 # Reading
 
 
+@cache
 def reference():
     """What a port has to get right, {name: array}, in the order of the computation."""
     file = PORT / "steps.safetensors"
@@ -247,13 +249,13 @@ def compare_one(name, actual, expected, dtype=None):
     error = off(actual, expected)
     limit = limit_of(name) if expected.any() else ZERO_LIMIT
     limit = max(limit, ROUNDING.get(dtype, 0))
-    figures = f"{shown(error, limit)} off, at most {limit:.0e}"
+    figures = f"{format_error(error, limit)} off, at most {limit:.0e}"
     if error <= limit:
         return Line(name, False, f"right {name}: {figures}")
     return Line(name, True, f"WRONG {name}: {figures}; see {place}")
 
 
-def shown(error, limit):
+def format_error(error, limit):
     """An error with as many digits as tell it from its limit."""
     if f"{error:.1e}" == f"{limit:.1e}" and error != limit:
         return f"{error:.3e}"

@@ -598,8 +598,11 @@ def main():
 
 def how_far(line):
     """From a line such as "WRONG mask: 4.5e-01 off, at most 5e-05; see …": 4.5e-01."""
-    figure = re.search(r": (\S+) off,", line.text)
-    return figure[1] if figure else "not finite"
+    if "not finite" in line.text:
+        return "not finite"
+    if "should be" in line.text:
+        return "another shape"
+    return re.search(r": (\S+) off,", line.text)[1]
 
 
 if __name__ == "__main__":
