@@ -420,7 +420,7 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """Note a stage's seconds, of all tries, and its peak memory. Yields a progress bar."""
+        """Note a stage's seconds and its peak memory, of all tries. Yields a progress bar."""
         start = time.time()
         reset_peak_memory(self.device)
         try:
@@ -438,11 +438,12 @@ class Run:
         except Exception as error:
             raise explain(error, name, self.relief, self.resume_hint()) from None
         finally:
-            before = self.record.stages.get(name, {"seconds": 0})
+            before = self.record.stages.get(name, {"seconds": 0, "peak_memory_gib": 0})
             seconds = before["seconds"] + time.time() - start
+            peak = max(before["peak_memory_gib"], peak_memory(self.device) / 2**30)
             self.record.stages[name] = {
                 "seconds": round(seconds, 2),
-                "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
+                "peak_memory_gib": round(peak, 3),
             }
             if self.has_begun:
                 self.write_record()

@@ -81,6 +81,15 @@ def test_run_json_tells_everything(first_run):
         assert stage["peak_memory_gib"] > 0
 
 
+def test_a_stages_peak_is_that_of_all_its_tries(checkpoint, monkeypatch, tmp_path):
+    """Files are written three times, first before the clip is encoded."""
+    falling = iter(range(1000, 0, -1))
+    monkeypatch.setattr("support.run.peak_memory", lambda device: next(falling) * 2**30)
+    run_here("--model", checkpoint, "--output", tmp_path, *SMALL)
+    stages = record(tmp_path)["stages"]
+    assert stages["write"]["peak_memory_gib"] > stages["encode"]["peak_memory_gib"]
+
+
 def test_the_cache_is_gone_when_the_vae_decodes(checkpoint, monkeypatch, tmp_path):
     decode = sample.decode
     outputs = []
