@@ -10,20 +10,25 @@ from pathlib import Path
 
 PARTS = ("transformer", "text_encoder", "vae")  # in the order in which they are read
 CHUNK = 2**24  # bytes
+THREADS = 4  # a disk behind a network serves several reads at once, but each of them slowly
 
 
 def begin(typed):
-    """Read ahead for the options that were `typed`, in a thread that ends with the process. What
+    """Read ahead for the options that were `typed`, in threads that end with the process. What
     cannot be read is left to those who need it."""
-    thread = threading.Thread(target=read, args=(typed,), daemon=True)
-    thread.start()
+    for number in range(THREADS):
+        thread = threading.Thread(target=read, args=(typed, number), daemon=True)
+        thread.start()
 
 
-def read(typed):
+def read(typed, number):
+    """Read every THREADS-th chunk of the weights, from the chunk `number` on."""
     try:
         folder = find_folder(model_of(typed))
         if folder is not None:
-            read_files(weights_of(folder))
+            # More would push out of memory what was read first.
+            chunks = chunks_of(weights_of(folder), most=free_memory() // 2)
+            read_chunks(chunks[number::THREADS])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
 
@@ -67,17 +72,22 @@ def weights_of(folder):
     return files
 
 
-def read_files(files):
-    """Read these files, as far as they fit into half of the free memory: more would push out what
-    was read first. The system keeps what was read."""
-    left = free_memory() // 2
-    buffer = bytearray(CHUNK)
+def chunks_of(files, most):
+    """Where the chunks of these files begin, [(file, byte)], for as many bytes as `most`."""
+    chunks = []
     for file in files:
+        for start in range(0, file.stat().st_size, CHUNK):
+            chunks.append((file, start))
+    return chunks[: most // CHUNK]
+
+
+def read_chunks(chunks):
+    """Read these chunks. The system keeps what was read."""
+    buffer = bytearray(CHUNK)
+    for file, start in chunks:
         with open(file, "rb", buffering=0) as content:
-            count = CHUNK
-            while count > 0 and left > 0:
-                count = content.readinto(buffer)
-                left -= count
+            content.seek(start)
+            content.readinto(buffer)
 
 
 def free_memory():

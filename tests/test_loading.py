@@ -2,6 +2,7 @@
 second copy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from model import TextEncoder, WanTransformer, WanVAE, build, checkpoint_name, read_weights
-from support import hub
+from support import hub, read_ahead
 
 PUBLISHED = Path(__file__).parent / "wan2.1-t2v-1.3b"
 
@@ -277,3 +278,92 @@ def test_a_folder_needs_no_download(monkeypatch, tmp_path):
 def test_a_described_model_takes_no_memory(cls, folder):
     """Its parameters are on the meta device."""
     assert all(parameter.is_meta for parameter in build(cls, folder).parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def cached_model(cache):
+    """A model's folder as the hub's library keeps it, with an older snapshot beside it."""
+    snapshots = cache / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers" / "snapshots"
+    for age, name in ((100, "old"), (0, "new")):
+        write_weights(snapshots / name)
+        os.utime(snapshots / name, (10**9 - age, 10**9 - age))
+    return snapshots / "new"
+
+
+def write_weights(folder):
+    """Weights of 5, 2 and 3 chunks, the last one of each half full, and another file."""
+    for part, count in (("transformer", 5), ("text_encoder", 2), ("vae", 3)):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
+        size = count * read_ahead.CHUNK - read_ahead.CHUNK // 2
+        with open(folder / part / "a.safetensors", "wb") as file:
+            file.truncate(size)  # takes no place on the disk
+
+
+def read_by_all_threads(typed, monkeypatch):
+    """What the threads read, [[(file, start)]]."""
+    chunks = []
+    monkeypatch.setattr(read_ahead, "read_chunks", chunks.append)
+    for number in range(read_ahead.THREADS):
+        read_ahead.read(typed, number)
+    return chunks
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_weights_are_read_ahead_once(monkeypatch, tmp_path, revision):
+    """By all threads together, the transformer's first: of a folder, a model of the hub, and a run
+    that goes on."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = cached_model(tmp_path / "hub")
+    name = f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers{revision}"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"settings": {"model": name}}))
+    for typed in ({"model": str(folder)}, {"model": name}, {"resume": str(run)}):
+        of_threads = read_by_all_threads(typed, monkeypatch)
+        assert all(chunks == sorted(chunks, key=expected_order) for chunks in of_threads)
+        together = sorted(sum(of_threads, []), key=expected_order)
+        expected = []
+        for part, count in (("transformer", 5), ("text_encoder", 2), ("vae", 3)):
+            for index in range(count):
+                expected.append((folder / part / "a.safetensors", index * read_ahead.CHUNK))
+        assert together == expected
+
+
+def expected_order(chunk):
+    file, start = chunk
+    return read_ahead.PARTS.index(file.parent.name), start
+
+
+def test_half_of_the_free_memory_is_filled(monkeypatch, tmp_path):
+    write_weights(tmp_path)
+    monkeypatch.setattr(read_ahead, "free_memory", lambda: 6 * read_ahead.CHUNK)
+    of_threads = read_by_all_threads({"model": str(tmp_path)}, monkeypatch)
+    assert len(sum(of_threads, [])) == 3
+
+
+def test_chunks_are_read_to_their_end(tmp_path):
+    """As the system counts what this process has read."""
+    write_weights(tmp_path)
+    chunks = read_ahead.chunks_of(read_ahead.weights_of(tmp_path), most=2**40)
+    before = bytes_read()
+    read_ahead.read_chunks(chunks)
+    assert bytes_read() - before >= (10 - 3 / 2) * read_ahead.CHUNK
+
+
+def bytes_read():
+    for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines():
+        if line.startswith("rchar:"):
+            return int(line.split()[1])
+
+
+@pytest.mark.parametrize("settings", ["no JSON", "[]", '{"settings": {}}', None])
+def test_what_cannot_be_read_ahead_is_left(monkeypatch, tmp_path, settings):
+    """To those who need it, and say what is wrong."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    if settings is not None:
+        (tmp_path / "run.json").write_text(settings)
+    for typed in ({}, {"resume": str(tmp_path)}, {"model": "no/such"}, {"model": str(tmp_path)}):
+        assert sum(read_by_all_threads(typed, monkeypatch), []) == []
