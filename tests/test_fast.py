@@ -315,6 +315,16 @@ def test_vae_tiles_are_as_large_as_fits(monkeypatch, free, tiles):
     assert offload.choose_vae_tiles(plan, torch.device("cuda"), on_gpu) == tiles
 
 
+@pytest.mark.parametrize("free, cache_on_cpu", [(11.5, True), (15.5, True), (23.5, False)])
+def test_what_cards_of_12_to_24_gigabytes_do(monkeypatch, free, cache_on_cpu):
+    """Two do the same, so tests/README.md needs the peak of one of them."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 2**37))
+    plan = plan_of_decoding(WAN_VAE)
+    placement = offload.plan_memory(plan, torch.device("cuda"))
+    assert placement == offload.Placement(cache_on_cpu, stream_weights=False)
+    assert offload.choose_vae_tiles(plan, torch.device("cuda"), placement) == "64"
+
+
 def test_several_processes_need_tiles_to_share(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
     pretend_to_be_one_of(monkeypatch, "2")
