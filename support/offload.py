@@ -13,7 +13,8 @@ import torch
 
 from freeswim import HEADS_AT_A_TIME
 from model import WanTransformer, build, find_weights, read_weights
-from support.processes import are_several, say, world_size
+from support.processes import are_several, local_world_size, say, world_size
+from support.read_ahead import free_memory
 
 
 def pin(tensor):
@@ -187,7 +188,22 @@ def plan_memory(plan, device):
             f"this may take {expected / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; if memory "
             f"runs out, {relief(placement, device)}"
         )
+    warn_of_cpu_memory(needed, placement)
     return placement
+
+
+def warn_of_cpu_memory(needed, placement):
+    """A line, if what a run keeps in CPU memory may not fit. The system would end the run without a
+    word."""
+    expected = needed.on_cpu(placement.cache_on_cpu, placement.stream_weights) * local_world_size()
+    free = free_memory()
+    if free is None or expected <= free:
+        return
+    advice = "begin with --no-cache" if placement.cache_on_cpu else "free some"
+    say(
+        f"this may take {expected / 2**30:.1f} GiB of CPU memory, and {free / 2**30:.1f} are free; "
+        f"if the system ends the run, {advice}"
+    )
 
 
 def relief(placement, device):
@@ -206,7 +222,7 @@ def relief(placement, device):
 
 @dataclass(frozen=True)
 class Needed:
-    """Bytes that one process needs on its GPU."""
+    """Bytes that one process needs on its GPU, and in CPU memory for what is kept there."""
 
     blocks: float  # weights of the transformer's blocks
     block: float  # those of one
@@ -214,10 +230,17 @@ class Needed:
     working: float  # tensors of all its tokens
     cache: float  # cross-attention outputs of all blocks
     cache_of_block: float
+    pinned_blocks: int  # the blocks' weights in CPU memory
+    pinned_cache: int  # the cache there
 
     def on_gpu(self, cache_on_cpu=False, stream_weights=False):
         cache = self.cache_of_block if cache_on_cpu else self.cache
         return self.weights(stream_weights) + self.working + cache
+
+    def on_cpu(self, cache_on_cpu, stream_weights):
+        cache = self.pinned_cache if cache_on_cpu else 0
+        weights = self.pinned_blocks if stream_weights else 0
+        return cache + weights
 
     def weights(self, stream_weights=False):
         return (2 * self.block if stream_weights else self.blocks) + self.other_weights
@@ -260,6 +283,9 @@ def memory_needed(plan):
     tokens = num_tokens * transformer.dim * itemsize / world_size()  # bytes
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     of_block = sum(parameter.numel() for parameter in transformer.blocks[0].parameters())
+    pinned_of_block = 0
+    for parameter in transformer.blocks[0].parameters():
+        pinned_of_block += pinned_size(parameter.numel() * itemsize)
     count = len(transformer.blocks)
     blocks = count * of_block
     if options.shard_weights:
@@ -273,7 +299,16 @@ def memory_needed(plan):
         working=working_tensors(transformer.heads) * tokens,
         cache=count * cache_of_block,
         cache_of_block=cache_of_block,
+        pinned_blocks=count * pinned_of_block,
+        pinned_cache=count * pinned_size(cache_of_block),
     )
+
+
+def pinned_size(size):
+    """Bytes that PyTorch takes for a pinned tensor of so many: the next power of two."""
+    if size == 0:
+        return 0
+    return 2 ** math.ceil(math.log2(size))
 
 
 # --------------------------------------------------------------------------------------------------

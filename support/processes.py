@@ -41,6 +41,11 @@ def world_size():
     return int(os.environ["WORLD_SIZE"]) if are_several() else 1
 
 
+def local_world_size():
+    """How many of them are on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if are_several() else 1
+
+
 def is_first():
     """Whether this is the process that reads, writes and prints; it is, if there is only one."""
     return rank() == 0
@@ -211,7 +216,7 @@ def device_of(name):
 
     device = torch.device(name)
     if device.type == "cuda" and are_several():
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        here = local_world_size()
         count = torch.cuda.device_count()
         if here > count:
             raise UserError(

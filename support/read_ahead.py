@@ -25,9 +25,10 @@ def read(typed, number):
     """Read every THREADS-th chunk of the weights, from the chunk `number` on."""
     try:
         folder = find_folder(model_of(typed))
-        if folder is not None:
+        free = free_memory()
+        if folder is not None and free is not None:
             # More would push out of memory what was read first.
-            chunks = chunks_of(weights_of(folder), most=free_memory() // 2)
+            chunks = chunks_of(weights_of(folder), most=free // 2)
             read_chunks(chunks[number::THREADS])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -91,8 +92,12 @@ def read_chunks(chunks):
 
 
 def free_memory():
-    """Bytes of CPU memory that are not in use."""
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+    """Bytes of CPU memory that are not in use; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:  # no Linux
+        return None
+    for line in text.splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
-    return 0
+    return None

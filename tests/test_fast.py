@@ -266,6 +266,13 @@ def test_streamed_blocks(case):
     assert len(slots) == 2 <= len(transformer.blocks)
 
 
+def pretend_free(monkeypatch, gpu, cpu=1000):
+    """GiB of memory."""
+    free = int(gpu * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 141 * 2**30))
+    monkeypatch.setattr(offload, "free_memory", lambda: int(cpu * 2**30))
+
+
 def plan_of_1080p(**options):
     """81 frames of 1920x1088."""
     return plan_for(empty_transformer(), empty_vae(), (21, 68, 120), **options)
@@ -285,7 +292,7 @@ def plan_of_1080p(**options):
 )
 def test_memory_is_planned(monkeypatch, capsys, free, typed, expected, lines):
     """The 1.3B model at 1088x1920 and 81 frames: the cache takes 14.7 GiB, weights 2.6."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
+    pretend_free(monkeypatch, free)
     placement = offload.plan_memory(plan_of_1080p(**typed), torch.device("cuda"))
     cache_device, stream_weights = expected
     assert placement == offload.Placement(cache_device == "cpu", stream_weights)
@@ -309,7 +316,7 @@ def plan_of_decoding(vae, **options):
 @pytest.mark.parametrize("free, tiles", [(40, "whole"), (27, "whole"), (24, "64"), (5, "32")])
 def test_vae_tiles_are_as_large_as_fits(monkeypatch, free, tiles):
     """Next to the transformer's weights, 2.6 GiB; whole frames take 23.0."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 141 * 2**30))
+    pretend_free(monkeypatch, free)
     plan = plan_of_decoding(WAN_VAE)
     on_gpu = offload.Placement(cache_on_cpu=False, stream_weights=False)
     assert offload.choose_vae_tiles(plan, torch.device("cuda"), on_gpu) == tiles
@@ -318,7 +325,7 @@ def test_vae_tiles_are_as_large_as_fits(monkeypatch, free, tiles):
 @pytest.mark.parametrize("free, cache_on_cpu", [(11.5, True), (15.5, True), (23.5, False)])
 def test_what_cards_of_12_to_24_gigabytes_do(monkeypatch, free, cache_on_cpu):
     """Two do the same, so tests/README.md needs the peak of one of them."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 2**37))
+    pretend_free(monkeypatch, free)
     plan = plan_of_decoding(WAN_VAE)
     placement = offload.plan_memory(plan, torch.device("cuda"))
     assert placement == offload.Placement(cache_on_cpu, stream_weights=False)
@@ -326,7 +333,7 @@ def test_what_cards_of_12_to_24_gigabytes_do(monkeypatch, free, cache_on_cpu):
 
 
 def test_several_processes_need_tiles_to_share(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
+    pretend_free(monkeypatch, 79)
     pretend_to_be_one_of(monkeypatch, "2")
     on_gpu = offload.Placement(cache_on_cpu=False, stream_weights=False)
     plan = plan_of_decoding(WAN_VAE)
@@ -368,7 +375,7 @@ def test_the_vaes_memory_is_near_what_was_measured(folder, frames, peak):
     ],
 )
 def test_a_line_says_when_memory_may_run_out(monkeypatch, capsys, free, typed, expected):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 2**37))
+    pretend_free(monkeypatch, free)
     offload.plan_memory(plan_of_1080p(**typed), torch.device("cuda"))
     warnings = capsys.readouterr().err.splitlines()[1:]
     if expected is None:
@@ -376,6 +383,55 @@ def test_a_line_says_when_memory_may_run_out(monkeypatch, capsys, free, typed, e
     else:
         assert len(warnings) == 1
         assert expected in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "gpu, cpu, typed, expected",  # the cache takes 15.0 GiB, the blocks' weights 3.8
+    [
+        (40, 1, {}, None),
+        (12, 16, {}, None),
+        (
+            12,
+            14,
+            {},
+            "take 15.0 GiB of CPU memory, and 14.0 are free; if the system ends the run, ",
+        ),
+        (12, 14, {"cache_interval": None}, None),
+        (7, 16, {}, "take 18.8 GiB of CPU memory, and 16.0 are free; if the system ends the run, "),
+        (40, 2, {"offload": True}, "take 3.8 GiB of CPU memory, and 2.0 are free; if the system"),
+    ],
+)
+def test_a_line_says_when_cpu_memory_may_run_out(monkeypatch, capsys, gpu, cpu, typed, expected):
+    pretend_free(monkeypatch, gpu, cpu)
+    offload.plan_memory(plan_of_1080p(**typed), torch.device("cuda"))
+    warnings = capsys.readouterr().err.splitlines()[1:]
+    assert len(warnings) == (0 if expected is None else 1)
+    if expected is not None:
+        assert expected in warnings[0]
+        assert warnings[0].endswith("free some" if "offload" in typed else "begin with --no-cache")
+
+
+@pytest.mark.parametrize(
+    "size, pinned", [(0, 0), (1, 1), (3, 4), (2**29, 2**29), (2**29 + 1, 2**30)]
+)
+def test_pinned_memory_is_a_power_of_two(size, pinned):
+    """As at::CachingHostAllocator has it."""
+    assert offload.pinned_size(size) == pinned
+
+
+def test_processes_of_a_host_share_its_memory(monkeypatch, capsys):
+    """Together they keep one cache."""
+    pretend_to_be_one_of(monkeypatch, 2)
+    pretend_free(monkeypatch, gpu=40, cpu=14)
+    offload.plan_memory(plan_of_1080p(cache_device="cpu"), torch.device("cuda"))
+    assert "take 15.0 GiB of CPU memory" in capsys.readouterr().err
+
+
+def test_where_the_system_does_not_say_what_is_free(monkeypatch, capsys):
+    pretend_free(monkeypatch, gpu=12)
+    monkeypatch.setattr(offload, "free_memory", lambda: None)
+    offload.plan_memory(plan_of_1080p(), torch.device("cuda"))
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -401,12 +457,13 @@ def pretend_to_be_one_of(monkeypatch, ranks):
     for name in processes.TORCHRUN:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
 
 def test_several_ranks_never_stream_weights(monkeypatch, capsys):
     """They spread them instead."""
     pretend_to_be_one_of(monkeypatch, 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**37))
+    pretend_free(monkeypatch, 1)
     placement = offload.plan_memory(plan_of_1080p(), torch.device("cuda"))
     assert placement == offload.Placement(cache_on_cpu=True, stream_weights=False)
     assert "cache on the CPU, weights on the GPU" in capsys.readouterr().err
