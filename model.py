@@ -1458,7 +1458,8 @@ def stays_float32(model, name):
 
 
 def is_finite(tensor):
-    # Without a second tensor as large: isfinite() makes one, and aminmax() of a cropped video.
+    # Without a second tensor as large: isfinite() makes one, and so does aminmax() of a cropped
+    # video.
     lowest = tensor.amin()
     highest = tensor.amax()
     return bool(lowest.isfinite() and highest.isfinite())

@@ -195,7 +195,8 @@ def plan_memory(plan, device):
 def warn_of_cpu_memory(needed, placement):
     """A line, if what a run keeps in CPU memory may not fit. The system would end the run without a
     word."""
-    expected = needed.on_cpu(placement.cache_on_cpu, placement.stream_weights) * local_world_size()
+    of_process = needed.on_cpu(placement.cache_on_cpu, placement.stream_weights)
+    expected = of_process * local_world_size()
     free = free_memory()
     if free is None or expected <= free:
         return
@@ -284,10 +285,8 @@ def memory_needed(plan):
     num_tokens = plan.latent_frames * (height // token_size) * (width // token_size)
     tokens = num_tokens * transformer.dim * itemsize / world_size()  # bytes
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    of_block = sum(parameter.numel() for parameter in transformer.blocks[0].parameters())
-    pinned_of_block = 0
-    for parameter in transformer.blocks[0].parameters():
-        pinned_of_block += pinned_size(parameter.numel() * itemsize)
+    sizes = [parameter.numel() for parameter in transformer.blocks[0].parameters()]
+    of_block = sum(sizes)
     count = len(transformer.blocks)
     blocks = count * of_block
     if options.shard_weights:
@@ -301,7 +300,7 @@ def memory_needed(plan):
         working=working_tensors(transformer.heads) * tokens,
         cache=count * cache_of_block,
         cache_of_block=cache_of_block,
-        pinned_blocks=count * pinned_of_block,
+        pinned_blocks=count * sum(pinned_size(size * itemsize) for size in sizes),
         pinned_cache=count * pinned_size(cache_of_block),
     )
 

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import speed
+import torch
 from command import ROOT, parse
-from parity import empty_transformer
+from parity import empty_transformer, plan_for
 from test_fast import pretend_to_be_one_of
+
+from support.offload import memory_needed
 
 DOCUMENTS = sorted(
     file for file in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(file.parts)
@@ -104,6 +107,30 @@ def test_expected_memory_is_near_what_was_measured(monkeypatch):
         pretend_to_be_one_of(monkeypatch, ranks)
         computed.append(expected_gib(empty_transformer(num_layers=3), speed.HD, PLACES[0]))
     assert [expected for _, expected in pairs] == computed
+
+
+def test_expected_cpu_memory():
+    """That of both READMEs, which nobody measured."""
+    cases = [
+        ({}, speed.HD),
+        ({}, speed.UHD),
+        (speed.B5, speed.B5_HD),
+        (speed.B5, (31, 68, 120)),  # 3840x2160 is cropped from 3840x2176
+    ]
+    caches = []
+    totals = []
+    for changes, grid in cases:
+        plan = plan_for(empty_transformer(**changes), torch.nn.Module(), grid)
+        needed = memory_needed(plan)
+        cache = needed.on_cpu(cache_on_cpu=True, stream_weights=False)
+        total = needed.on_cpu(cache_on_cpu=True, stream_weights=True)
+        caches.append(f"{cache / 2**30:.1f}")
+        totals.append(f"{total / 2**30:.1f}")
+    assert f"| cache | {' | '.join(caches)} |" in MEASUREMENTS
+    assert f"| cache and weights | {' | '.join(totals)} |" in MEASUREMENTS
+    small = round(float(totals[1]))
+    large = round(float(totals[3]))
+    assert f"there are {small} or {large} GiB of CPU memory" in README
 
 
 def test_the_projection_is_what_is_computed(capsys):

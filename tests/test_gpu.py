@@ -46,6 +46,8 @@ def tokens(grid, head_dim, heads=3):
         (flex_window, "clipped", (3, 8, 14), (5, 7), 32),
         (flex_window, "clipped", (3, 6, 10), (9, 3), 32),
         (attention.tuned_window, "inward", (2, 9, 7), (3, 5), 20),
+        (attention.tuned_window, "inward", (3, 6, 10), (9, 3), 32),
+        (attention.tuned_window, "inward", (2, 4, 5), (7, 9), 32),
         (attention.tuned_window, "inward", (21, 9, 8), (5, 5), 128),
         (attention.tuned_window, "clipped", (3, 8, 14), (5, 7), 32),
     ],

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -302,8 +303,8 @@ def write_weights(folder):
             file.truncate(size)  # takes no place on the disk
 
 
-def read_by_all_threads(typed, monkeypatch):
-    """What the threads read, [[(file, start)]]."""
+def chunks_by_thread(typed, monkeypatch):
+    """What each thread reads, [(file, start)]."""
     chunks = []
     monkeypatch.setattr(read_ahead, "read_chunks", chunks.append)
     for number in range(read_ahead.THREADS):
@@ -322,9 +323,9 @@ def test_weights_are_read_ahead_once(monkeypatch, tmp_path, revision):
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"settings": {"model": name}}))
     for typed in ({"model": str(folder)}, {"model": name}, {"resume": str(run)}):
-        of_threads = read_by_all_threads(typed, monkeypatch)
+        of_threads = chunks_by_thread(typed, monkeypatch)
         assert all(chunks == sorted(chunks, key=expected_order) for chunks in of_threads)
-        together = sorted(sum(of_threads, []), key=expected_order)
+        together = sorted(chain(*of_threads), key=expected_order)
         expected = []
         for part, count in (("transformer", 5), ("text_encoder", 2), ("vae", 3)):
             for index in range(count):
@@ -340,8 +341,8 @@ def expected_order(chunk):
 def test_half_of_the_free_memory_is_filled(monkeypatch, tmp_path):
     write_weights(tmp_path)
     monkeypatch.setattr(read_ahead, "free_memory", lambda: 6 * read_ahead.CHUNK)
-    of_threads = read_by_all_threads({"model": str(tmp_path)}, monkeypatch)
-    assert len(sum(of_threads, [])) == 3
+    of_threads = chunks_by_thread({"model": str(tmp_path)}, monkeypatch)
+    assert len([*chain(*of_threads)]) == 3
 
 
 def test_chunks_are_read_to_their_end(tmp_path):
@@ -366,4 +367,4 @@ def test_what_cannot_be_read_ahead_is_left(monkeypatch, tmp_path, settings):
     if settings is not None:
         (tmp_path / "run.json").write_text(settings)
     for typed in ({}, {"resume": str(tmp_path)}, {"model": "no/such"}, {"model": str(tmp_path)}):
-        assert sum(read_by_all_threads(typed, monkeypatch), []) == []
+        assert [*chain(*chunks_by_thread(typed, monkeypatch))] == []
